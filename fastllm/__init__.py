@@ -1,0 +1,37 @@
+"""fastllm: fast, small and exact fine-tuning of language models on the GPU you have.
+
+Importing it imports nothing else: names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_EXPORTS: dict[str, str] = {
+    "FastLanguageModel": "fastllm.models.language",
+    "is_bf16_supported": "fastllm._device",
+    "is_bfloat16_supported": "fastllm._device",
+}
+
+if TYPE_CHECKING:
+    from ._device import is_bf16_supported as is_bf16_supported
+    from ._device import is_bfloat16_supported as is_bfloat16_supported
+    from .models.language import FastLanguageModel as FastLanguageModel
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    from ._errors import nearest
+
+    raise AttributeError(f"module 'fastllm' has no attribute {name!r} {nearest(name, _EXPORTS)}".rstrip())
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

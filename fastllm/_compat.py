@@ -1,0 +1,55 @@
+"""Every difference between versions of a dependency that the code has to know, in one place.
+
+Each entry says which release made it necessary, so that it can go when that release is the oldest supported one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+
+def attentions_are_collected() -> bool:
+    """Whether the present forward was asked for attention weights (`output_attentions=True`).
+
+    transformers 5 collects them with hooks on the attention modules, filled while a context variable is set.
+    """
+    from transformers.utils import output_capturing
+
+    collected = output_capturing._active_collector.get()
+    return collected is not None and "attentions" in collected
+
+
+def has_foreign_hooks(module: Any) -> bool:
+    """Whether somebody's forward hook or instance-level forward would be skipped by not calling `module`.
+
+    The hooks that transformers 5 leaves behind to collect outputs do not count: `attentions_are_collected` tells when
+    they matter.
+    """
+    if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
+        return True
+    hooks = module._forward_hooks
+    return bool(hooks) and any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks.values())
+
+
+def use_expandable_segments() -> bool:
+    """Let CUDA's caching allocator grow its segments in place, so that tensors of many sizes leave no holes.
+
+    Does nothing, and returns False, where the user has configured the allocator or the platform has no such segments.
+    torch has no public call for it once it is imported; the setting is documented for PYTORCH_CUDA_ALLOC_CONF.
+    """
+    configured = any(os.environ.get(name) for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    if configured or sys.platform != "linux":
+        return False
+    from torch.cuda import memory
+
+    memory._set_allocator_settings("expandable_segments:True")
+    return True
+
+
+def default_causal_lm_loss() -> Any:
+    """The loss function that transformers gives causal language models, to tell when a user has put another one."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return ForCausalLMLoss

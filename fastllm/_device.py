@@ -1,0 +1,107 @@
+"""What the machine can do: asked once per device, then read."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One compute device.
+
+    `kind` is `cuda`, `rocm`, `xpu`, `mps` or `cpu`; `capability` is CUDA's (major, minor), else (0, 0);
+    `has_bf16` says that bf16 arithmetic is native there, `has_tensor_core_dot` that Triton's `tl.dot` uses matrix
+    units.
+    """
+
+    kind: str
+    index: int
+    name: str
+    capability: tuple[int, int]
+    total_bytes: int
+    has_bf16: bool
+    has_tensor_core_dot: bool
+
+    @property
+    def torch_name(self) -> str:
+        """The name that torch gives the device: ROCm's is `cuda`."""
+        kind = "cuda" if self.kind == "rocm" else self.kind
+        return kind if kind in ("cpu", "mps") else f"{kind}:{self.index}"
+
+
+def _host_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 0
+
+
+@functools.cache
+def device_info(kind: str, index: int = 0) -> Device:
+    """Facts of one device, by torch's name for its kind (`cuda`, `xpu`, `mps`, `cpu`)."""
+    import torch
+
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(index)
+        is_rocm = torch.version.hip is not None
+        capability = torch.cuda.get_device_capability(index)
+        return Device(
+            kind="rocm" if is_rocm else "cuda",
+            index=index,
+            name=properties.name,
+            capability=capability,
+            total_bytes=properties.total_memory,
+            # torch reports bf16 as supported on Turing and Volta, where it is emulated and slow.
+            has_bf16=is_rocm or capability >= (8, 0),
+            has_tensor_core_dot=is_rocm or capability >= (8, 0),
+        )
+    if kind == "xpu":
+        properties = torch.xpu.get_device_properties(index)
+        return Device("xpu", index, properties.name, (0, 0), properties.total_memory, True, True)
+    if kind == "mps":
+        return Device("mps", 0, "Apple GPU", (0, 0), torch.mps.recommended_max_memory(), True, False)
+    return Device("cpu", 0, "CPU", (0, 0), _host_bytes(), True, False)
+
+
+def default_device() -> Device:
+    """The device that a model is loaded on when nobody says otherwise: this process's accelerator, else the CPU."""
+    import torch
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0") or 0)
+    if torch.cuda.is_available():
+        return device_info("cuda", local_rank % torch.cuda.device_count())
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return device_info("xpu", local_rank % torch.xpu.device_count())
+    if torch.backends.mps.is_available():
+        return device_info("mps")
+    return device_info("cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that an allocation on `device` can still take, the caching allocator's unused blocks included."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    if device.type == "xpu":
+        free, _ = torch.xpu.mem_get_info(device)
+        return free
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def is_bf16_supported() -> bool:
+    """Whether this machine's default device computes in bf16 natively (false on a T4, where fp16 is used)."""
+    return default_device().has_bf16
+
+
+is_bfloat16_supported = is_bf16_supported
