@@ -1,0 +1,168 @@
+"""Causal attention: picks the library kernel that serves a case best, with its backward callable on its own.
+
+    out = dropout(softmax(scaling * q k^T + mask)) v
+
+The decoder layer's hand-written backward needs attention's forward and backward as two functions, so the CUDA kernels
+of `torch.nn.functional.scaled_dot_product_attention` are called through their own operators; every other case (masks,
+CPU, other attention functions) runs under autograd and keeps its graph in between.
+
+Shapes: q, out [B, H, S, E]; k, v [B, K, S, E] with H a multiple of K (grouped queries are never expanded, except by
+the memory-efficient kernel, which has no other way).
+Source: Dao, "FlashAttention-2", arXiv 2307.08691.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+aten = torch.ops.aten
+AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCase:
+    """What one attention call computes. `mask` is bool or additive, broadcastable to [B, H, S, S]; None is causal.
+
+    `function` replaces the built-in kernels: a differentiable (q, k, v) -> out, [B, H, S, E].
+    """
+
+    scaling: float
+    mask: torch.Tensor | None = None
+    dropout: float = 0.0
+    function: AttentionFunction | None = None
+
+
+@dataclass(slots=True, eq=False)
+class AttentionResult:
+    """`out` and what the backward of `backend` needs besides q, k and v."""
+
+    out: torch.Tensor
+    backend: str
+    saved: tuple[Any, ...] = ()
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> torch.Tensor:
+    """Attention under autograd."""
+    return _differentiable(case)(q, k, v)
+
+
+def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> torch.Tensor:
+    """The definition, without dropout."""
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    wide_q, wide_k, wide_v = (
+        t.to(accumulate) for t in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+    )
+    scores = wide_q @ wide_k.transpose(-1, -2) * case.scaling
+    mask = case.mask
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1) @ wide_v).to(q.dtype)
+
+
+def choose_backend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, *, allow_cudnn: bool = True
+) -> str:
+    """`cudnn`, `flash` or `efficient`: a CUDA kernel called directly; `autograd`: anything else.
+
+    cuDNN is the fastest on Hopper and later, but compiles a plan for each new shape: `allow_cudnn=False` is for shapes
+    that will not come again. A layer that recomputes its forward passes the same choice: both give the same bits.
+    """
+    direct = q.is_cuda and torch.version.hip is None and case.mask is None and case.function is None
+    if not direct or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
+        return "autograd"
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, case.dropout, True, q.shape[1] != k.shape[1])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    is_hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
+    if allow_cudnn and is_hopper and not deterministic and torch.backends.cuda.can_use_cudnn_attention(params):
+        return "cudnn"
+    if not deterministic and torch.backends.cuda.can_use_flash_attention(params):
+        return "flash"
+    if torch.backends.cuda.can_use_efficient_attention(params) or q.shape[1] != k.shape[1]:
+        return "efficient"
+    return "autograd"
+
+
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, backend: str, *, needs_backward: bool
+) -> AttentionResult:
+    """Attention outside autograd. With `needs_backward` the result can be given to `attention_backward`."""
+    if backend == "autograd":
+        if not needs_backward:
+            with torch.no_grad():
+                return AttentionResult(_differentiable(case)(q, k, v), backend)
+        leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
+        with torch.enable_grad():
+            out = _differentiable(case)(*leaves)
+        return AttentionResult(out.detach(), backend, (out, leaves))
+    if backend == "cudnn":
+        out, *rest = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, case.dropout, True, False, scale=case.scaling
+        )
+        return AttentionResult(out, backend, tuple(rest))
+    if backend == "flash":
+        out, *rest = aten._scaled_dot_product_flash_attention(q, k, v, case.dropout, True, False, scale=case.scaling)
+        return AttentionResult(out, backend, tuple(rest))
+    k, v = _expanded(k, q), _expanded(v, q)
+    out, *rest = aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, case.dropout, True, scale=case.scaling
+    )
+    return AttentionResult(out, backend, tuple(rest))
+
+
+def attention_backward(
+    result: AttentionResult, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v; consumes the result."""
+    saved, result.saved = result.saved, ()
+    if result.backend == "autograd":
+        out, leaves = saved
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+        return dq, dk, dv
+    if result.backend == "efficient":
+        lse, seed, offset = saved
+        wide_k, wide_v = _expanded(k, q), _expanded(v, q)
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            dout, q, wide_k, wide_v, None, result.out, lse, seed, offset, case.dropout, [True, True, True, False], True,
+            scale=case.scaling,
+        )  # fmt: skip
+        return dq, _summed(dk, k), _summed(dv, v)
+    lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = saved
+    if result.backend == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, result.out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, case.dropout, True,
+            scale=case.scaling,
+        )  # fmt: skip
+    return aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, result.out, lse, cum_q, cum_k, max_q, max_k, case.dropout, True, seed, offset, scale=case.scaling
+    )
+
+
+def _differentiable(case: AttentionCase) -> AttentionFunction:
+    if case.function is not None:
+        return case.function
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if case.mask is not None:  # no CUDA kernel but cuDNN's takes a mask and grouped heads together
+            k, v = _expanded(k, q), _expanded(v, q)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=case.mask, dropout_p=case.dropout, is_causal=case.mask is None, scale=case.scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+
+    return sdpa
+
+
+def _expanded(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Each key or value head repeated for the query heads that share it."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _summed(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if grad.shape[1] == x.shape[1]:
+        return grad
+    return grad.unflatten(1, (x.shape[1], -1)).sum(2, dtype=torch.float32).to(grad.dtype)

@@ -1,0 +1,488 @@
+"""A whole pre-norm decoder layer as one autograd node with a hand-written backward.
+
+    a = x + o(attention(rope(qkv(norm1(x)))))          y = a + down(act(gate(norm2(a))) * up(norm2(a)))
+
+What this buys over a graph of small nodes: the backward keeps only what it needs (norm outputs and act(gate) * up are
+recomputed from their inputs in one pass each, down's output never), recomputation shares dequantised weights with the
+backward that follows it, host time falls, and each layer has one knob, `Keep`, for the memory planner.
+
+Shapes: x, y [B, S, D]; inside, rows [T, D] with T = B * S. Heads as [B, heads, S, head_dim].
+Dtypes: the residual stream keeps x's dtype; matrix products run in the compute dtype (autocast's, else x's).
+"""
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .attention import AttentionCase, AttentionResult, attention_backward, attention_forward, choose_backend
+from .dispatch import compute_dtype, no_autocast, rows_of
+from .glu import glu_backward, glu_forward
+from .lora import (
+    PARAMETERS_PER_PROJECTION,
+    PreparedGroup,
+    ProjectionGroup,
+    dropout_masks,
+    input_grad,
+    low_rank_input,
+    parameter_grads,
+    prepare,
+    project,
+)
+from .rms_norm import rms_norm_backward, rms_norm_forward
+from .rope import rope_apply
+
+
+class Keep(enum.Enum):
+    """What a layer holds between its forward and its backward."""
+
+    ALL = "keep"  # every activation that the backward reads
+    INPUT = "recompute"  # its input only; the rest is computed again
+    OFFLOADED_INPUT = "offload"  # its input only, in host memory
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """An RMSNorm's weight [D] and constants."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderLayer:
+    """One layer as tensors and numbers. `query_norm` and `key_norm` act on each head (Qwen3)."""
+
+    input_norm: Norm
+    qkv: ProjectionGroup
+    output: ProjectionGroup
+    post_norm: Norm
+    gate_up: ProjectionGroup
+    down: ProjectionGroup
+    activation: str
+    head_dim: int
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+    def norms(self) -> list[Norm | None]:
+        return [self.input_norm, self.query_norm, self.key_norm, self.post_norm]
+
+    def groups(self) -> list[ProjectionGroup]:
+        return [self.qkv, self.output, self.gate_up, self.down]
+
+    def parameters(self) -> list[torch.Tensor | None]:
+        """Norm weights, then those of each group: the order of the gradients."""
+        norms = [None if norm is None else norm.weight for norm in self.norms()]
+        return norms + [parameter for group in self.groups() for parameter in group.parameters()]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCall:
+    """What differs from call to call: rotary angles [B or 1, S, rotary_dim], the attention case and who picks its
+    backend, what to keep, and for `Keep.OFFLOADED_INPUT` where to put the input: `offload(x)` returns what fetches it
+    back."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    attention: AttentionCase
+    keep: Keep = Keep.ALL
+    offload: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None
+    choose_backend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCase], str] = choose_backend
+
+    def __post_init__(self) -> None:
+        if self.keep is Keep.OFFLOADED_INPUT and self.offload is None:
+            raise ValueError("Keep.OFFLOADED_INPUT needs `offload`, which says where the input goes")
+
+
+@dataclass(slots=True, eq=False)
+class _Activations:
+    """Everything that a backward reads. Rows are [T, width]; a `low_rank` is x A^T of its group."""
+
+    x: torch.Tensor
+    input_rstd: torch.Tensor
+    qkv_raw: torch.Tensor | None  # before the head norms, where the layer has them
+    query_rstd: torch.Tensor | None
+    key_rstd: torch.Tensor | None
+    qkv: torch.Tensor
+    qkv_low_rank: torch.Tensor | None
+    qkv_masks: list[torch.Tensor | None]
+    attention: AttentionResult
+    output_low_rank: torch.Tensor | None
+    output_masks: list[torch.Tensor | None]
+    middle: torch.Tensor  # a, the residual stream after attention
+    middle_rstd: torch.Tensor
+    gate_up: torch.Tensor | None  # freed as soon as its gradient is known
+    gate_up_low_rank: torch.Tensor | None
+    gate_up_masks: list[torch.Tensor | None]
+    down_low_rank: torch.Tensor | None = None
+    down_masks: Sequence[torch.Tensor | None] = (None,)
+
+
+def decoder_layer(x: torch.Tensor, layer: DecoderLayer, call: LayerCall) -> torch.Tensor:
+    """The layer under autograd: gradients for x and for every trainable tensor of `layer.parameters()`."""
+    return _DecoderLayer.apply(x, layer, call, *layer.parameters())
+
+
+def decoder_layer_reference(
+    x: torch.Tensor, layer: DecoderLayer, cos: torch.Tensor, sin: torch.Tensor, case: AttentionCase
+) -> torch.Tensor:
+    """The definition, differentiable, built from the reference of each part (no dropout)."""
+    from .attention import attention_reference
+    from .glu import glu_reference
+    from .lora import project_reference
+    from .rms_norm import rms_norm_reference
+    from .rope import rope_reference
+
+    def norm(value: torch.Tensor, weights: Norm) -> torch.Tensor:
+        return rms_norm_reference(value, weights.weight, weights.eps, offset=weights.offset)
+
+    hidden = norm(x, layer.input_norm)
+    q, k, v = (
+        project_reference(hidden, p).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in layer.qkv.projections
+    )
+    q = q if layer.query_norm is None else norm(q, layer.query_norm)
+    k = k if layer.key_norm is None else norm(k, layer.key_norm)
+    out = attention_reference(rope_reference(q, cos, sin), rope_reference(k, cos, sin), v, case)
+    middle = x + project_reference(out.transpose(1, 2).flatten(2), layer.output.projections[0])
+    hidden = norm(middle, layer.post_norm)
+    gate, up = (project_reference(hidden, p) for p in layer.gate_up.projections)
+    return middle + project_reference(glu_reference(gate, up, layer.activation), layer.down.projections[0])
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer, call, *parameters):
+        ctx.layer, ctx.call, ctx.dtype = layer, call, compute_dtype(x, layer.qkv.dtype)
+        needs_backward = any(ctx.needs_input_grad)
+        keep_all = needs_backward and call.keep is Keep.ALL
+        ctx.rng = _rng_state(x.device) if needs_backward and not keep_all and _is_random(layer, call) else None
+        with no_autocast(x.device.type):
+            weights = _Weights(layer, ctx.dtype, shared=False)
+            state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=keep_all)
+            y = _finish(layer, weights, state, keep=keep_all).view(x.shape)
+        ctx.kept, ctx.fetch, ctx.backend = state if keep_all else None, None, state.attention.backend
+        if needs_backward and call.keep is Keep.OFFLOADED_INPUT:
+            assert call.offload is not None
+            ctx.fetch = call.offload(x)
+            ctx.save_for_backward(*parameters)
+        else:
+            ctx.save_for_backward(*parameters, x)
+        ctx.shape = x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        layer, call, saved = ctx.layer, ctx.call, ctx.saved_tensors
+        state, fetch = ctx.kept, ctx.fetch
+        ctx.kept = ctx.fetch = None
+        if state is None and fetch is None and call.keep is not Keep.INPUT:
+            raise RuntimeError(
+                "the activations of this decoder layer were freed by an earlier backward; fastllm's fused layers do "
+                "not support retain_graph or double backward: load the model with patch=False for those"
+            )
+        with no_autocast(dy.device.type):
+            weights = _Weights(layer, ctx.dtype, shared=state is None)
+            is_fresh = state is None
+            if state is None:
+                x = fetch() if fetch is not None else saved[-1]
+                with _rng(ctx.rng, x.device):
+                    state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=True, backend=ctx.backend)
+                    # Down's masks come after every other random number of the layer.
+                    gate, _ = _gate_and_up(layer, state.gate_up)
+                    state.down_masks = dropout_masks(layer.down, gate)
+            dx, grads = _backward(
+                layer, call, weights, state, rows_of(dy), ctx.needs_input_grad[3:], ctx.dtype,
+                needs_dx=ctx.needs_input_grad[0], overwrite=is_fresh,
+            )  # fmt: skip
+        return None if dx is None else dx.view(ctx.shape), None, None, *grads
+
+
+class _Weights:
+    """Prepared groups of a layer, each made when first asked for. `shared` keeps it for the backward that follows a
+    recomputation; otherwise it is made anew, so that one group's buffer lives at a time."""
+
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, *, shared: bool) -> None:
+        self._layer, self._dtype, self._shared = layer, dtype, shared
+        self._made: dict[str, PreparedGroup] = {}
+
+    def take(self, name: str, *, last: bool = False) -> PreparedGroup:
+        made = self._made.pop(name, None) or prepare(getattr(self._layer, name), self._dtype)
+        if self._shared and not last:
+            self._made[name] = made
+        return made
+
+
+def _activations(
+    layer: DecoderLayer,
+    call: LayerCall,
+    weights: _Weights,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    needs_backward: bool,
+    backend: str | None = None,
+) -> _Activations:
+    """The forward up to gate and up. `backend` repeats the attention kernel of an earlier run."""
+    rows = rows_of(x)
+    batch, length = x.shape[:2]
+
+    extended = layer.qkv.input_buffer(rows, dtype)
+    hidden = extended[:, : layer.qkv.in_features]
+    norm = layer.input_norm
+    _, _, input_rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=hidden)
+    qkv, qkv_low_rank, qkv_masks = project(weights.take("qkv"), hidden, extended=extended)
+    qkv_low_rank = _detached_copy(qkv_low_rank, needs_backward)
+    del extended, hidden
+
+    qkv_raw, query_rstd, key_rstd = qkv, None, None
+    if layer.query_norm is not None and layer.key_norm is not None:
+        qkv, query_rstd, key_rstd = _norm_heads(layer, qkv)
+    q, k, v = _heads(layer, qkv, batch, length)
+    rope_apply(q, k, call.cos, call.sin, q, k)
+    backend = backend or call.choose_backend(q, k, v, call.attention)
+    attended = attention_forward(q, k, v, call.attention, backend, needs_backward=needs_backward)
+
+    out_rows = attended.out.transpose(1, 2).reshape(rows.shape[0], layer.output.in_features)
+    projected, output_low_rank, output_masks = project(weights.take("output"), out_rows)
+    norm = layer.post_norm
+    extended = layer.gate_up.input_buffer(rows, dtype)
+    hidden = extended[:, : layer.gate_up.in_features]
+    _, middle, middle_rstd = rms_norm_forward(
+        rows, norm.weight, norm.eps, offset=norm.offset, residual=projected.to(rows.dtype), out=hidden
+    )
+    del projected
+    # The spare columns let the backward overlay the gradient of gate and up on their values.
+    gate_up = layer.gate_up.output_buffer(rows, dtype)
+    _, gate_up_low_rank, gate_up_masks = project(
+        weights.take("gate_up"), hidden, extended=extended, out=gate_up[:, : layer.gate_up.out_features]
+    )
+    return _Activations(
+        x=rows, input_rstd=input_rstd, qkv_raw=qkv_raw if query_rstd is not None else None, query_rstd=query_rstd,
+        key_rstd=key_rstd, qkv=qkv, qkv_low_rank=qkv_low_rank, qkv_masks=qkv_masks, attention=attended,
+        output_low_rank=output_low_rank, output_masks=output_masks, middle=middle, middle_rstd=middle_rstd,
+        gate_up=gate_up, gate_up_low_rank=_detached_copy(gate_up_low_rank, needs_backward), gate_up_masks=gate_up_masks,
+    )  # fmt: skip
+
+
+def _finish(layer: DecoderLayer, weights: _Weights, state: _Activations, *, keep: bool) -> torch.Tensor:
+    """The rest of the forward: rows y [T, D]."""
+    assert state.gate_up is not None
+    prepared = weights.take("down")
+    extended = layer.down.input_buffer(state.x, state.gate_up.dtype)
+    hidden = extended[:, : layer.down.in_features]
+    gate, up = _gate_and_up(layer, state.gate_up)
+    glu_forward(gate, up, layer.activation, out=hidden)
+    y, low_rank, masks = project(prepared, hidden, extended=extended)
+    if keep:
+        state.down_low_rank, state.down_masks = _detached_copy(low_rank, True), masks
+    return y.to(state.middle.dtype).add_(state.middle)
+
+
+def _backward(
+    layer: DecoderLayer,
+    call: LayerCall,
+    weights: _Weights,
+    state: _Activations,
+    dy: torch.Tensor,
+    needs: tuple[bool, ...],
+    dtype: torch.dtype,
+    *,
+    needs_dx: bool,
+    overwrite: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Gradients of x and of `layer.parameters()`. With `overwrite` gate and up may be overwritten."""
+    needs_norm, needs_group = _split_needs(layer, needs)
+    norm_grads: list[torch.Tensor | None] = [None] * 4
+
+    gate_up, state.gate_up = state.gate_up, None
+    assert gate_up is not None
+    prepared = weights.take("down", last=True)
+    extended = layer.down.output_buffer(dy, dtype)
+    dy_rows = extended[:, : layer.down.out_features].copy_(dy)
+    hidden, dy_low_rank = input_grad(prepared, dy_rows, state.down_masks, extended=extended)
+    assert hidden is not None
+    dgate_up_extended = gate_up if overwrite else layer.gate_up.output_buffer(dy, dtype)
+    dgate_up = dgate_up_extended[:, : layer.gate_up.out_features]
+    glu_backward(  # reads the gradient of down's input from `hidden` and leaves that input there
+        hidden, *_gate_and_up(layer, gate_up), layer.activation, *_gate_and_up(layer, dgate_up), h_out=hidden
+    )
+    low_rank = state.down_low_rank
+    if low_rank is None and needs_group[3][3]:
+        low_rank = low_rank_input(prepared, hidden, state.down_masks)
+    down_grads = parameter_grads(prepared, dy_rows, dy_low_rank, hidden, low_rank, state.down_masks, needs_group[3])
+    del prepared, hidden, extended, dy_rows, dy_low_rank, gate_up
+
+    norm = layer.post_norm
+    hidden, _, _ = rms_norm_forward(
+        state.middle, norm.weight, norm.eps, offset=norm.offset, out=_empty_rows(state.middle, dtype)
+    )
+    prepared = weights.take("gate_up", last=True)
+    dhidden, dy_low_rank = input_grad(prepared, dgate_up, state.gate_up_masks, extended=dgate_up_extended)
+    assert dhidden is not None
+    gate_up_grads = parameter_grads(
+        prepared, dgate_up, dy_low_rank, hidden, state.gate_up_low_rank, state.gate_up_masks, needs_group[2]
+    )
+    del prepared, dgate_up, dgate_up_extended, hidden, dy_low_rank
+
+    same_dtype = state.middle.dtype == dtype
+    extended = layer.output.output_buffer(dy, dtype)
+    dmiddle_rows = extended[:, : layer.output.out_features]
+    dmiddle, norm_grads[3] = rms_norm_backward(
+        dhidden, state.middle, norm.weight, state.middle_rstd, norm.eps, offset=norm.offset, residual_grad=dy,
+        out=dmiddle_rows if same_dtype else None, needs_weight_grad=needs_norm[3],
+    )  # fmt: skip
+    if not same_dtype:
+        dmiddle_rows.copy_(dmiddle)
+    del dhidden
+
+    result = state.attention
+    out_rows = result.out.transpose(1, 2).reshape(dy.shape[0], layer.output.in_features)
+    prepared = weights.take("output", last=True)
+    dout, dy_low_rank = input_grad(prepared, dmiddle_rows, state.output_masks, extended=extended)
+    assert dout is not None
+    output_grads = parameter_grads(
+        prepared, dmiddle_rows, dy_low_rank, out_rows, state.output_low_rank, state.output_masks, needs_group[1]
+    )
+    batch, _, length, _ = result.out.shape
+    q, k, v = _heads(layer, state.qkv, batch, length)
+    dout = dout.unflatten(-1, (-1, layer.head_dim)).unflatten(0, (batch, length)).transpose(1, 2)
+    dq, dk, dv = attention_backward(result, dout, q, k, v, call.attention)
+    del prepared, dout, out_rows, q, k, v
+
+    dqkv_extended = layer.qkv.output_buffer(dy, dtype)
+    dqkv = dqkv_extended[:, : layer.qkv.out_features]
+    dq_rows, dk_rows, dv_rows = _heads(layer, dqkv, batch, length)
+    rope_apply(_unit_stride(dq), _unit_stride(dk), call.cos, call.sin, dq_rows, dk_rows, inverse=True)
+    dv_rows.copy_(dv)
+    del dq, dk, dv
+    if state.qkv_raw is not None:
+        norm_grads[1:3] = _norm_heads_backward(layer, state, dqkv, needs_norm)
+
+    norm = layer.input_norm
+    prepared = weights.take("qkv", last=True)
+    dhidden, dy_low_rank = input_grad(
+        prepared, dqkv, state.qkv_masks, extended=dqkv_extended, needs_dx=needs_dx or needs_norm[0]
+    )
+    hidden, _, _ = rms_norm_forward(state.x, norm.weight, norm.eps, offset=norm.offset, out=_empty_rows(state.x, dtype))
+    qkv_grads = parameter_grads(
+        prepared, dqkv, dy_low_rank, hidden, state.qkv_low_rank, state.qkv_masks, needs_group[0]
+    )
+    dx = None
+    if dhidden is not None:
+        dx, norm_grads[0] = rms_norm_backward(
+            dhidden, state.x, norm.weight, state.input_rstd, norm.eps, offset=norm.offset, residual_grad=dmiddle,
+            needs_weight_grad=needs_norm[0],
+        )  # fmt: skip
+    typed = [
+        None if grad is None or norm is None else grad.to(norm.weight.dtype)
+        for grad, norm in zip(norm_grads, layer.norms(), strict=True)
+    ]
+    return dx if needs_dx else None, [*typed, *qkv_grads, *output_grads, *gate_up_grads, *down_grads]
+
+
+def _split_needs(layer: DecoderLayer, needs: tuple[bool, ...]) -> tuple[tuple[bool, ...], list[tuple[bool, ...]]]:
+    """`needs` of `layer.parameters()` as (norms, one tuple a group)."""
+    groups, start = [], 4
+    for group in layer.groups():
+        end = start + PARAMETERS_PER_PROJECTION * len(group.projections)
+        groups.append(needs[start:end])
+        start = end
+    return needs[:4], groups
+
+
+def _gate_and_up(layer: DecoderLayer, joined: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    assert joined is not None
+    gate_columns, up_columns = layer.gate_up.row_slices
+    return joined[:, gate_columns], joined[:, up_columns]
+
+
+def _heads(
+    layer: DecoderLayer, qkv: torch.Tensor, batch: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Joined rows as q, k, v [B, heads, S, head_dim], views."""
+    q, k, v = (
+        qkv[:, columns].unflatten(-1, (-1, layer.head_dim)).unflatten(0, (batch, length)).transpose(1, 2)
+        for columns in layer.qkv.row_slices
+    )
+    return q, k, v
+
+
+def _norm_heads(layer: DecoderLayer, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and k of joined rows normalised per head, in a new buffer that also takes v."""
+    normed = torch.empty_like(raw)
+    rstds = []
+    for columns, norm in zip(layer.qkv.row_slices[:2], (layer.query_norm, layer.key_norm), strict=True):
+        assert norm is not None
+        source = raw[:, columns].reshape(-1, layer.head_dim)
+        out, _, rstd = rms_norm_forward(source, norm.weight, norm.eps, offset=norm.offset)
+        normed[:, columns] = out.view(raw.shape[0], -1)
+        rstds.append(rstd)
+    value_columns = layer.qkv.row_slices[2]
+    normed[:, value_columns] = raw[:, value_columns]
+    return normed, rstds[0], rstds[1]
+
+
+def _norm_heads_backward(
+    layer: DecoderLayer, state: _Activations, dqkv: torch.Tensor, needs_norm: tuple[bool, ...]
+) -> list[torch.Tensor | None]:
+    """Turn the gradients of the normalised q and k, inside `dqkv`, into those of the raw ones. Returns the weights'."""
+    assert state.qkv_raw is not None and state.query_rstd is not None and state.key_rstd is not None
+    grads = []
+    for columns, norm, rstd, needed in zip(
+        layer.qkv.row_slices[:2], (layer.query_norm, layer.key_norm), (state.query_rstd, state.key_rstd),
+        needs_norm[1:3], strict=True,
+    ):  # fmt: skip
+        assert norm is not None
+        source = state.qkv_raw[:, columns].reshape(-1, layer.head_dim)
+        upstream = dqkv[:, columns].reshape(-1, layer.head_dim)
+        grad, weight_grad = rms_norm_backward(
+            upstream, source, norm.weight, rstd, norm.eps, offset=norm.offset, needs_weight_grad=needed
+        )
+        dqkv[:, columns] = grad.view(dqkv.shape[0], -1)
+        grads.append(weight_grad)
+    return grads
+
+
+def _detached_copy(view: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
+    """A copy of a narrow column view, so that its wide buffer can be freed; None where nobody will read it."""
+    return view.clone() if wanted and view is not None else None
+
+
+def _empty_rows(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _is_random(layer: DecoderLayer, call: LayerCall) -> bool:
+    return call.attention.dropout > 0 or any(group.has_dropout for group in layer.groups())
+
+
+def _rng_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+class _rng:
+    """Context that replays a saved random state and puts the present one back."""
+
+    def __init__(self, state: torch.Tensor | None, device: torch.device) -> None:
+        self._state, self._device = state, device
+
+    def __enter__(self) -> None:
+        if self._state is not None:
+            self._present = _rng_state(self._device)
+            self._set(self._state)
+
+    def __exit__(self, *_) -> None:
+        if self._state is not None:
+            self._set(self._present)
+
+    def _set(self, state: torch.Tensor) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state, self._device)
+        else:
+            torch.set_rng_state(state)

@@ -1,0 +1,382 @@
+"""Language-model head and cross-entropy in one op, without the [T, V] logits.
+
+    z = cap * tanh(scale * (h W^T + b) / cap)      (without a cap: z = scale * (h W^T + b))
+    nll_t = logsumexp(z_t) - z_t[label_t],         0 where label_t is the ignore index
+
+Rows go through the head in chunks of at least 1,024: in smaller ones re-reading W costs more than the product. Each
+row's gradient (softmax - onehot) W depends on that row's upstream gradient by a factor only, so it is computed in the
+forward, from the logits at hand, and scaled in the backward: no logits are computed twice. It stays unscaled and fp32
+in between, so it neither underflows in fp16 nor rounds twice. Rows with an ignored label can be left out altogether:
+`LabelCount` brings their number to the host while the decoder layers run, so nothing waits for it.
+
+Shapes: hidden [T, D]; labels [T], already aligned with the rows (shifted); head: one `Projection` of weight [V, D].
+Dtypes: logits in the compute dtype, softmax and loss in fp32; gradients of the head accumulate over chunks in fp32.
+Source: the chunking follows Hsu et al., "Liger Kernel", arXiv 2410.10989, section 3.2; softcap: Gemma 2, arXiv
+2408.00118, section 2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .._errors import reject_unknown
+from .dispatch import compute_dtype, jit, launch_on, no_autocast, tl, use_triton
+from .lora import PreparedGroup, ProjectionGroup, matmul_fp32, prepare, project
+
+IGNORE_INDEX = -100
+MIN_CHUNK_ROWS = 1024
+_CHUNK_ELEMENTS = 2**27
+_BLOCK = 4096
+
+
+class TokenLosses(NamedTuple):
+    """Per row: `nll` fp32; `entropy` fp32 and `is_top1` bool of the predicted distribution, or None if not asked for.
+    All are zero where the label is ignored; only `nll` carries gradients."""
+
+    nll: torch.Tensor
+    entropy: torch.Tensor | None
+    is_top1: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a family does to its logits before the softmax: multiply by `scale`, then cap at `softcap` (0: no cap)."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+PLAIN_LOGITS = LogitTransform()
+
+
+class LabelCount:
+    """The number of labels that are not ignored, on its way to the host.
+
+    Create it before the decoder layers are launched and call `get` when they are: the copy is behind the queue's head
+    by then, and the GPU has the layers' work queued while the host waits.
+    """
+
+    def __init__(self, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> None:
+        count = (labels != ignore_index).sum()
+        self._ready = None
+        if labels.is_cuda:
+            self._host = torch.empty((), dtype=count.dtype, pin_memory=True)
+            self._host.copy_(count, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._host = count
+
+    def get(self) -> int:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return int(self._host)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    head: ProjectionGroup,
+    labels: torch.Tensor,
+    *,
+    num_items: torch.Tensor | float | None = None,
+    transform: LogitTransform = PLAIN_LOGITS,
+    ignore_index: int = IGNORE_INDEX,
+    valid_rows: int | None = None,
+) -> torch.Tensor:
+    """Sum of the rows' negative log-likelihoods over `num_items` (the number of labels that are not ignored).
+
+    `valid_rows`, that number on the host, lets ignored rows be skipped. Gradients flow to hidden and to each trainable
+    tensor of the head (weight, bias, LoRA). A batch without labels gives an exact zero with zero gradients.
+    """
+    total = _LinearNll.apply(hidden, head, labels, transform, ignore_index, valid_rows, True, (), *head.parameters())[0]
+    if num_items is None:
+        num_items = (labels != ignore_index).sum()
+    return total / (num_items + (num_items == 0))  # without labels: 0 / 1
+
+
+def linear_token_losses(
+    hidden: torch.Tensor,
+    head: ProjectionGroup,
+    labels: torch.Tensor,
+    *,
+    transform: LogitTransform = PLAIN_LOGITS,
+    ignore_index: int = IGNORE_INDEX,
+    valid_rows: int | None = None,
+    statistics: Sequence[str] = (),
+) -> TokenLosses:
+    """The loss of each row [T], with `statistics` from {"entropy", "is_top1"}; nll is differentiable row by row."""
+    reject_unknown("statistics of linear_token_losses", statistics, TokenLosses._fields[1:])
+    return TokenLosses(
+        *_LinearNll.apply(
+            hidden, head, labels, transform, ignore_index, valid_rows, False, tuple(statistics), *head.parameters()
+        )
+    )
+
+
+def token_losses_reference(
+    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, ignore_index: int
+) -> TokenLosses:
+    """The definition, from the head's raw output `[T, V]`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * transform.scale
+    if transform.softcap:
+        wide = transform.softcap * torch.tanh(wide / transform.softcap)
+    log_probs = torch.log_softmax(wide, dim=-1)
+    ignored = labels == ignore_index
+    target = log_probs.gather(-1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1).masked_fill(ignored, 0.0)
+        is_top1 = (wide.argmax(-1) == labels) & ~ignored
+    return TokenLosses((-target).masked_fill(ignored, 0.0), entropy, is_top1)
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Rows of a chunk: about 2^27 logits, never fewer than 1,024 rows."""
+    return max(MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // vocab_size // 256 * 256)
+
+
+def _token_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    statistics: tuple[str, ...],
+    *,
+    write_grad: bool,
+    row_scale: torch.Tensor | None = None,
+) -> TokenLosses:
+    """Losses of one chunk; with `write_grad` the logits are overwritten by d(row_scale * nll)/d(logits)."""
+    rows, vocab = logits.shape
+    if not use_triton(logits):
+        with torch.set_grad_enabled(write_grad):
+            leaf = logits.detach().requires_grad_(write_grad)
+            losses = token_losses_reference(leaf, labels, transform, ignore_index)
+        if write_grad:
+            upstream = torch.ones_like(losses.nll) if row_scale is None else row_scale.to(losses.nll.dtype)
+            logits.copy_(torch.autograd.grad(losses.nll, leaf, upstream)[0])
+        return losses._replace(nll=losses.nll.detach())
+    labels = labels.contiguous()  # the kernel reads one number a row; a gradient of a sum has stride 0
+    row_scale = None if row_scale is None else row_scale.contiguous()
+    nll, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    is_top1 = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    if rows:
+        with launch_on(logits):
+            _cross_entropy_kernel[(rows,)](
+                logits, labels, nll if row_scale is None else row_scale, nll, entropy, is_top1,
+                logits.stride(0), vocab, ignore_index, transform.scale, transform.softcap,
+                HAS_SOFTCAP=transform.softcap != 0, HAS_ENTROPY="entropy" in statistics,
+                HAS_TOP1="is_top1" in statistics, WRITE_GRAD=write_grad, HAS_ROW_SCALE=row_scale is not None,
+                BLOCK=_BLOCK, num_warps=8,
+            )  # fmt: skip
+    return TokenLosses(nll, entropy, is_top1)
+
+
+@jit
+def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The transformed logit."""
+    z = z * scale
+    if HAS_SOFTCAP:
+        z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)  # tanh(x) = 2 sigmoid(2 x) - 1
+    return z
+
+
+@jit
+def _cross_entropy_kernel(
+    logits_ptr, labels_ptr, row_scale_ptr, nll_ptr, entropy_ptr, top1_ptr, stride, vocab, ignore_index, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TOP1: tl.constexpr, WRITE_GRAD: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    label = tl.load(labels_ptr + row)
+    cols = tl.arange(0, BLOCK)
+    if label == ignore_index:
+        tl.store(nll_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(top1_ptr + row, 0)
+        if WRITE_GRAD:
+            zeros = tl.zeros((BLOCK,), dtype=logits_ptr.dtype.element_ty)
+            for start in range(0, vocab, BLOCK):
+                tl.store(row_ptr + start + cols, zeros, mask=start + cols < vocab)
+    else:
+        # Read before the reductions below, whose barriers keep it ahead of the gradient that overwrites the logits.
+        target = _capped(tl.load(row_ptr + label).to(tl.float32), scale, softcap, HAS_SOFTCAP)
+        top = -float("inf")
+        top_before_label = -float("inf")
+        total = 0.0
+        weighted = 0.0
+        for start in range(0, vocab, BLOCK):
+            live = start + cols < vocab
+            raw = tl.load(row_ptr + start + cols, mask=live, other=0.0).to(tl.float32)
+            z = _capped(raw, scale, softcap, HAS_SOFTCAP)
+            z = tl.where(live, z, -float("inf"))
+            new_top = tl.maximum(top, tl.max(z, axis=0))
+            rescale = tl.exp(top - new_top)
+            e = tl.exp(z - new_top)
+            total = total * rescale + tl.sum(e, axis=0)
+            if HAS_ENTROPY:
+                weighted = weighted * rescale + tl.sum(tl.where(live, e * z, 0.0), axis=0)
+            if HAS_TOP1:  # the first of equal maxima counts, as in argmax
+                before = tl.where(start + cols < label, z, -float("inf"))
+                top_before_label = tl.maximum(top_before_label, tl.max(before, axis=0))
+            top = new_top
+        lse = top + tl.log(total)
+        tl.store(nll_ptr + row, lse - target)
+        if HAS_ENTROPY:
+            tl.store(entropy_ptr + row, lse - weighted / total)
+        if HAS_TOP1:
+            tl.store(top1_ptr + row, ((target >= top) & (target > top_before_label)).to(tl.int8))
+        if WRITE_GRAD:
+            g = scale
+            if HAS_ROW_SCALE:
+                g = scale * tl.load(row_scale_ptr + row).to(tl.float32)
+            for start in range(0, vocab, BLOCK):
+                live = start + cols < vocab
+                raw = tl.load(row_ptr + start + cols, mask=live, other=0.0).to(tl.float32)
+                z = _capped(raw, scale, softcap, HAS_SOFTCAP)
+                grad = (tl.exp(z - lse) - tl.where(start + cols == label, 1.0, 0.0)) * g
+                if HAS_SOFTCAP:
+                    grad *= 1.0 - (z / softcap) * (z / softcap)
+                tl.store(row_ptr + start + cols, grad.to(logits_ptr.dtype.element_ty), mask=live)
+
+
+class _HeadGradients:
+    """fp32 sums, over chunks, of the gradients of the head's trainable tensors."""
+
+    def __init__(self, head: ProjectionGroup, needs: Sequence[bool]) -> None:
+        projection = head.projections[0]
+        self.scaling = projection.scaling
+        self.sums: list[torch.Tensor | None] = [
+            torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+            if needed and p is not None else None
+            for needed, p in zip(needs, projection.parameters(), strict=True)
+        ]  # fmt: skip
+
+    def add(
+        self, prepared: PreparedGroup, dlogits: torch.Tensor, hidden: torch.Tensor, low_rank: torch.Tensor | None
+    ) -> None:
+        dw, dbias, da, db = self.sums
+        rank = prepared.group.projections[0].rank
+        if dw is not None:
+            _add_matmul(dw, dlogits.t(), hidden)
+        if dbias is not None:
+            dbias += dlogits.sum(0, dtype=dbias.dtype)
+        if da is not None:
+            assert prepared.b is not None
+            da += matmul_fp32((dlogits @ prepared.b[:, :rank]).t(), hidden) * self.scaling
+        if db is not None:
+            assert low_rank is not None
+            db += matmul_fp32(dlogits.t(), low_rank[:, :rank])
+
+
+def _add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if total.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+class _LinearNll(torch.autograd.Function):
+    """Per-row losses, or their sum. Gradients of hidden rows come from the forward; those of the head come from the
+    forward for the sum (one upstream factor for all rows) and from recomputed logits for per-row losses."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels, transform, ignore_index, valid_rows, as_sum, statistics, *parameters):
+        if head.has_dropout:
+            raise ValueError("dropout on a head is not part of this op: it would drop the inputs of the loss")
+        needs_hidden, needs_head = ctx.needs_input_grad[0], ctx.needs_input_grad[8:]
+        rows, dtype = hidden.shape[0], compute_dtype(hidden, head.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        kept, count = None, rows
+        if valid_rows is not None and valid_rows < rows:
+            count = valid_rows
+            kept = torch.argsort(labels == ignore_index, stable=True)[:count]
+        nll = torch.empty(count, dtype=wide, device=hidden.device)
+        entropy = torch.empty(count, dtype=wide, device=hidden.device) if "entropy" in statistics else None
+        is_top1 = torch.empty(count, dtype=torch.bool, device=hidden.device) if "is_top1" in statistics else None
+        dhidden = torch.empty(count, hidden.shape[1], dtype=wide, device=hidden.device) if needs_hidden else None
+        head_now = as_sum and any(needs_head)
+        sums = _HeadGradients(head, needs_head) if head_now else None
+        with no_autocast(hidden.device.type):
+            prepared = prepare(head, dtype)
+            for part in _chunks(count, head.out_features):
+                picked = part if kept is None else kept[part]
+                h, y = hidden[picked].to(dtype), labels[picked]
+                logits, low_rank, _ = project(prepared, h)
+                losses = _token_losses(
+                    logits, y, transform, ignore_index, statistics, write_grad=needs_hidden or head_now
+                )
+                for target, value in zip((nll, entropy, is_top1), losses, strict=True):
+                    if target is not None and value is not None:
+                        target[part] = value
+                if dhidden is not None:
+                    dhidden[part] = _hidden_grad(prepared, logits)
+                if sums is not None:
+                    sums.add(prepared, logits, h, low_rank)
+        ctx.save_for_backward(hidden, labels, kept, dhidden, *(sums.sums if sums else ()), *parameters)
+        ctx.head, ctx.transform, ctx.ignore_index, ctx.dtype = head, transform, ignore_index, dtype
+        ctx.as_sum, ctx.num_sums = as_sum, len(sums.sums) if sums else 0
+        if as_sum:
+            return (nll.sum(),)
+        outputs = tuple(_spread(value, kept, rows) for value in (nll, entropy, is_top1))
+        ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, labels, kept, dhidden, *rest = ctx.saved_tensors
+        sums, needs_head = rest[: ctx.num_sums], ctx.needs_input_grad[8:]
+        per_row = grad if ctx.as_sum else (grad if kept is None else grad[kept])[:, None]
+        grad_hidden = None
+        if dhidden is not None:
+            grad_hidden = _spread((dhidden * per_row).to(hidden.dtype), kept, hidden.shape[0])
+        head_grads: list[torch.Tensor | None] = [None] * len(needs_head)
+        if any(needs_head):
+            if not ctx.as_sum:
+                sums = _head_gradients_again(ctx, hidden, labels, kept, per_row[:, 0], needs_head)
+            head_grads = [
+                None if total is None else (total * grad if ctx.as_sum else total).to(p.dtype)
+                for total, p in zip(sums, ctx.head.parameters(), strict=True)
+            ]
+        return grad_hidden, *[None] * 7, *head_grads
+
+
+def _chunks(rows: int, vocab: int) -> list[slice]:
+    size = chunk_rows(vocab)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _hidden_grad(prepared: PreparedGroup, dlogits: torch.Tensor) -> torch.Tensor:
+    """dlogits W plus the low-rank path, fp32."""
+    grad = matmul_fp32(dlogits, prepared.weights[0][1])
+    if prepared.a is not None and prepared.b is not None:
+        grad += matmul_fp32(dlogits @ prepared.b, prepared.a)
+    return grad
+
+
+def _head_gradients_again(
+    ctx,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    kept: torch.Tensor | None,
+    per_row: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    sums = _HeadGradients(ctx.head, needs)
+    with no_autocast(hidden.device.type):
+        prepared = prepare(ctx.head, ctx.dtype)
+        for part in _chunks(per_row.shape[0], ctx.head.out_features):
+            picked = part if kept is None else kept[part]
+            h, y = hidden[picked].to(ctx.dtype), labels[picked]
+            logits, low_rank, _ = project(prepared, h)
+            _token_losses(logits, y, ctx.transform, ctx.ignore_index, (), write_grad=True, row_scale=per_row[part])
+            sums.add(prepared, logits, h, low_rank)
+    return sums.sums
+
+
+def _spread(value: torch.Tensor | None, kept: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """Rows `kept` of a tensor that is zero elsewhere."""
+    if value is None or kept is None:
+        return value
+    return value.new_zeros(rows, *value.shape[1:]).index_copy_(0, kept, value)

@@ -1,0 +1,441 @@
+"""Linear projections of one input with LoRA, computed together, with a hand-written backward.
+
+For each projection i of a group that shares the input x:
+
+    y_i = x W_i^T + bias_i + dropout_i(x) (s_i A_i)^T B_i^T
+
+The A matrices are stacked, so x is read once for all of them. Where W has to be written to a buffer anyway (4-bit
+weights, or a change of dtype) the low-rank path rides in the same matrix product, exactly, by extending the inner
+dimension:
+
+    forward    Y  = [x | x A^T] [W | B]^T          backward   dX = [dY | dY B] [W ; A]
+
+with A = stack(s_i A_i) and B = blockdiag(B_i): one buffer [N + E, K + E] holds W, B and A. Elsewhere the low-rank term
+is computed first and the large product accumulates onto it, so it is rounded once too.
+
+Shapes: x [T, K], y [T, N] with N = sum of out features; A_i [r_i, K], B_i [N_i, r_i]; E = sum of ranks, padded.
+Dtypes: matrix products in the compute dtype with fp32 accumulation; gradients of parameters accumulate in fp32 and
+take the parameter's dtype.
+Source: Hu et al., "LoRA", arXiv 2106.09685, section 4.1; scaling of rsLoRA: arXiv 2312.03732.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .dispatch import compute_dtype, jit, launch_on, next_power_of_2, no_autocast, rows_of, tl, triton, use_triton
+from .nf4 import Nf4Weight, dequantize_nf4
+
+# Columns of the extension are padded to this multiple: narrower ones fall off cuBLAS's fast kernels on wide outputs.
+EXTENSION_MULTIPLE = 64
+_MAX_FILLED = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """One linear layer as plain tensors. `weight` is [N, K], dense or 4-bit; `lora_a` [r, K] and `lora_b` [N, r]."""
+
+    weight: torch.Tensor | Nf4Weight
+    bias: torch.Tensor | None = None
+    lora_a: torch.Tensor | None = None
+    lora_b: torch.Tensor | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_a is None else self.lora_a.shape[0]
+
+    def parameters(self) -> tuple[torch.Tensor | None, ...]:
+        """(weight, bias, A, B) with None for what is absent or can't take a gradient."""
+        weight = self.weight if isinstance(self.weight, torch.Tensor) else None
+        return weight, self.bias, self.lora_a, self.lora_b
+
+
+PARAMETERS_PER_PROJECTION = 4
+
+
+class ProjectionGroup:
+    """Projections that read the same input, in the order of their columns in the joined output."""
+
+    __slots__ = ("extension", "has_dropout", "in_features", "out_features", "projections", "rank_slices", "row_slices")
+
+    def __init__(self, projections: Sequence[Projection]) -> None:
+        self.projections = tuple(projections)
+        self.in_features = self.projections[0].weight.shape[1]
+        self.row_slices, self.rank_slices = [], []
+        rows = ranks = 0
+        for projection in self.projections:
+            if projection.weight.shape[1] != self.in_features:
+                raise ValueError(f"projections of a group read one input: {[p.weight.shape for p in projections]}")
+            self.row_slices.append(slice(rows, rows + projection.out_features))
+            self.rank_slices.append(slice(ranks, ranks + projection.rank))
+            rows, ranks = rows + projection.out_features, ranks + projection.rank
+        self.out_features = rows
+        self.extension = -(-ranks // EXTENSION_MULTIPLE) * EXTENSION_MULTIPLE
+        self.has_dropout = any(p.dropout > 0 and p.rank for p in self.projections)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the weights ask to be multiplied in, outside autocast; None leaves it to the input."""
+        weight = self.projections[0].weight
+        return weight.compute_dtype if isinstance(weight, Nf4Weight) else weight.dtype
+
+    def parameters(self) -> list[torch.Tensor | None]:
+        """`PARAMETERS_PER_PROJECTION` entries a projection; the order of the gradients of `project_backward`."""
+        return [parameter for projection in self.projections for parameter in projection.parameters()]
+
+    def input_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A `[T, K + E]` whose left part takes the input, for the extended product; its contents are undefined."""
+        return _finite_buffer(like.shape[0], self.in_features + self.extension, dtype, like.device)
+
+    def output_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A `[T, N + E]` whose left part takes the output, or its gradient; its contents are undefined."""
+        return _finite_buffer(like.shape[0], self.out_features + self.extension, dtype, like.device)
+
+
+@dataclass(slots=True, eq=False)
+class PreparedGroup:
+    """The matrices of one pass over a group, in the compute dtype.
+
+    `weights` are (columns of y, [n, K]) pairs; `a` [E, K] is stacked and scaled, `b` [N, E] block-diagonal; `joined` is
+    the buffer [N + E, K + E] that holds them all where the extended product is possible.
+    """
+
+    group: ProjectionGroup
+    weights: list[tuple[slice, torch.Tensor]]
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    bias: torch.Tensor | None
+    joined: torch.Tensor | None
+
+
+def prepare(group: ProjectionGroup, dtype: torch.dtype) -> PreparedGroup:
+    """Dequantise or cast the weights of a group, and lay out A and B beside them."""
+    projections = group.projections
+    n, k, e = group.out_features, group.in_features, group.extension
+    device = projections[0].weight.device
+    dense = [p.weight.detach() for p in projections if isinstance(p.weight, torch.Tensor) and p.weight.dtype == dtype]
+    a = b = joined = None
+    if len(dense) == len(projections):
+        weights = list(zip(group.row_slices, dense, strict=True))
+        if e:
+            a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in ((e, k), (n, e)))
+    else:
+        joined = torch.empty(n + e, k + e, dtype=dtype, device=device)
+        for rows, projection in zip(group.row_slices, projections, strict=True):
+            if isinstance(projection.weight, Nf4Weight):
+                dequantize_nf4(projection.weight, dtype, out=joined[rows, :k])
+            else:
+                joined[rows, :k].copy_(projection.weight)
+        weights = [(slice(0, n), joined[:n, :k])]
+        if e:
+            a, b = joined[n:, :k], joined[:n, k:]
+    if a is not None and b is not None:
+        _fill_low_rank(group, a, b)
+    bias = None
+    if any(p.bias is not None for p in projections):
+        parts = [
+            torch.zeros(p.out_features, dtype=dtype, device=device) if p.bias is None else p.bias for p in projections
+        ]
+        bias = torch.cat([part.detach().to(dtype) for part in parts]) if len(parts) > 1 else parts[0].detach().to(dtype)
+    return PreparedGroup(group, weights, a, b, bias, joined)
+
+
+def project(
+    prepared: PreparedGroup,
+    x: torch.Tensor,
+    *,
+    extended: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
+    """The joined output of rows `x [T, K]`, outside autograd.
+
+    `extended` is the buffer of `input_buffer` whose left part x is; its right part is overwritten.
+    Returns: (y [T, N], x A^T [T, E] or None, dropout masks); the last two are what the backward needs besides x.
+    """
+    group = prepared.group
+    y = torch.empty(x.shape[0], group.out_features, dtype=x.dtype, device=x.device) if out is None else out
+    masks = dropout_masks(group, x)
+    low_rank = low_rank_input(prepared, x, masks, out=None if extended is None else extended[:, group.in_features :])
+    if prepared.joined is not None and extended is not None and low_rank is not None:
+        _linear(extended, prepared.joined[: group.out_features], prepared.bias, y)
+        return y, low_rank, masks
+    bias = prepared.bias
+    if low_rank is not None:  # the small terms come first: only they round before the large product is added
+        assert prepared.b is not None
+        _linear(low_rank, prepared.b, bias, y)
+    for rows, weight in prepared.weights:
+        if low_rank is None:
+            _linear(x, weight, None if bias is None else bias[rows], y[:, rows])
+        else:
+            y[:, rows].addmm_(x, weight.t())
+    return y, low_rank, masks
+
+
+def input_grad(
+    prepared: PreparedGroup,
+    dy: torch.Tensor,
+    masks: Sequence[torch.Tensor | None],
+    *,
+    extended: torch.Tensor | None = None,
+    needs_dx: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dX [T, K] or None, dY B [T, E] or None): the second is what `parameter_grads` needs.
+
+    `extended` is the buffer of `output_buffer` whose left part dy is; its right part is overwritten.
+    """
+    group = prepared.group
+    dy_low_rank = None
+    if prepared.b is not None:
+        dy_low_rank = (
+            dy.new_empty(dy.shape[0], group.extension) if extended is None else extended[:, group.out_features :]
+        )
+        torch.mm(dy, prepared.b, out=dy_low_rank)
+    if not needs_dx:
+        return None, dy_low_rank
+    if prepared.joined is not None and extended is not None and dy_low_rank is not None and not group.has_dropout:
+        return extended @ prepared.joined[:, : group.in_features], dy_low_rank
+    dx = None
+    if dy_low_rank is not None and prepared.a is not None:
+        if group.has_dropout:
+            dx = torch.zeros(dy.shape[0], group.in_features, dtype=dy.dtype, device=dy.device)
+            for projection, ranks, mask in zip(group.projections, group.rank_slices, masks, strict=True):
+                dx += _dropped(dy_low_rank[:, ranks] @ prepared.a[ranks], mask, projection.dropout)
+        else:
+            dx = dy_low_rank @ prepared.a
+    for rows, weight in prepared.weights:
+        dx = dy[:, rows] @ weight if dx is None else dx.addmm_(dy[:, rows], weight)
+    return dx, dy_low_rank
+
+
+def parameter_grads(
+    prepared: PreparedGroup,
+    dy: torch.Tensor,
+    dy_low_rank: torch.Tensor | None,
+    x: torch.Tensor,
+    low_rank: torch.Tensor | None,
+    masks: Sequence[torch.Tensor | None],
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """One gradient for each entry of `group.parameters()` where `needs` says so.
+
+    `low_rank` is x A^T of the forward, and may be None where no B needs a gradient.
+    """
+    group = prepared.group
+    stacked_da = None
+    if dy_low_rank is not None and not group.has_dropout and any(needs[2::PARAMETERS_PER_PROJECTION]):
+        stacked_da = matmul_fp32(dy_low_rank.t(), x)
+    grads: list[torch.Tensor | None] = []
+    for index, projection in enumerate(group.projections):
+        first = index * PARAMETERS_PER_PROJECTION
+        needs_w, needs_bias, needs_a, needs_b = needs[first : first + PARAMETERS_PER_PROJECTION]
+        rows, ranks = group.row_slices[index], group.rank_slices[index]
+        dw = dbias = da = db = None
+        if needs_w:
+            assert isinstance(projection.weight, torch.Tensor)
+            dw = _parameter_grad(dy[:, rows].t(), x, projection.weight.dtype)
+        if needs_bias:
+            assert projection.bias is not None
+            dbias = dy[:, rows].sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(projection.bias.dtype)
+        if needs_a:
+            assert projection.lora_a is not None and dy_low_rank is not None
+            if stacked_da is not None:
+                da = stacked_da[ranks]
+            else:
+                da = matmul_fp32(dy_low_rank[:, ranks].t(), _dropped(x, masks[index], projection.dropout))
+            da = (da * projection.scaling).to(projection.lora_a.dtype)
+        if needs_b:
+            assert projection.lora_b is not None and low_rank is not None
+            db = _parameter_grad(dy[:, rows].t(), low_rank[:, ranks], projection.lora_b.dtype)
+        grads += [dw, dbias, da, db]
+    return grads
+
+
+def dropout_masks(group: ProjectionGroup, x: torch.Tensor) -> list[torch.Tensor | None]:
+    """Which entries of x `[T, K]` each projection's LoRA keeps: bool masks drawn from torch's generator, in order."""
+    return [
+        torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p.dropout)
+        if p.dropout > 0 and p.rank else None
+        for p in group.projections
+    ]  # fmt: skip
+
+
+def low_rank_input(
+    prepared: PreparedGroup,
+    x: torch.Tensor,
+    masks: Sequence[torch.Tensor | None],
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """dropout(x) A^T [T, E], or None for a group without LoRA."""
+    group = prepared.group
+    if prepared.a is None:
+        return None
+    out = x.new_empty(x.shape[0], group.extension) if out is None else out
+    if not group.has_dropout:
+        return torch.mm(x, prepared.a.t(), out=out)
+    out.zero_()
+    for projection, ranks, mask in zip(group.projections, group.rank_slices, masks, strict=True):
+        torch.mm(_dropped(x, mask, projection.dropout), prepared.a[ranks].t(), out=out[:, ranks])
+    return out
+
+
+def project_group(x: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
+    """The joined output `[..., N]` of `x [..., K]` under autograd, with gradients for x and the trainable tensors.
+
+    Computes in autocast's dtype where autocast is on.
+    """
+    return _ProjectGroup.apply(x, group, *group.parameters())
+
+
+def project_reference(
+    x: torch.Tensor, projection: Projection, masked_input: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One projection by its definition, differentiable; `masked_input` stands for dropout(x)."""
+    weight = projection.weight
+    if isinstance(weight, Nf4Weight):
+        weight = dequantize_nf4(weight, x.dtype)
+    y = torch.nn.functional.linear(
+        x, weight.to(x.dtype), None if projection.bias is None else projection.bias.to(x.dtype)
+    )
+    if projection.lora_a is None or projection.lora_b is None:
+        return y
+    inner = (x if masked_input is None else masked_input) @ projection.lora_a.to(x.dtype).t()
+    return y + inner @ projection.lora_b.to(x.dtype).t() * projection.scaling
+
+
+def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right with an fp32 result from 16-bit inputs (float64 stays float64)."""
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _finite_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A buffer that holds no NaN before it is written.
+
+    On CPUs with AMX the bf16 product of a narrower view reads on to the end of a tile, and multiplies what is there
+    by zero (oneDNN of torch 2.13).
+    """
+    make = torch.zeros if device.type == "cpu" else torch.empty
+    return make(rows, columns, dtype=dtype, device=device)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _parameter_grad(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return left @ right if left.dtype == dtype else matmul_fp32(left, right).to(dtype)
+
+
+def _dropped(x: torch.Tensor, mask: torch.Tensor | None, probability: float) -> torch.Tensor:
+    return x if mask is None else x * mask * (1.0 / (1.0 - probability))
+
+
+def _fill_low_rank(group: ProjectionGroup, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Write stack(s_i A_i) into `a [E, K]` and blockdiag(B_i) into `b [N, E]`, zeros elsewhere."""
+    if not (use_triton(a) and len(group.projections) <= _MAX_FILLED):
+        a.zero_()
+        b.zero_()
+        for projection, rows, ranks in zip(group.projections, group.row_slices, group.rank_slices, strict=True):
+            if projection.lora_a is not None and projection.lora_b is not None:
+                a[ranks].copy_(projection.lora_a.detach() * projection.scaling)
+                b[rows, ranks].copy_(projection.lora_b.detach())
+        return
+    e, k = a.shape
+    n = b.shape[0]
+    pointers, numbers = [], []
+    for index in range(_MAX_FILLED):
+        present = index < len(group.projections)
+        projection = group.projections[index] if present else None
+        numbers += [group.row_slices[index].start, group.rank_slices[index].start] if present else [n, e]
+        if projection is not None and projection.lora_a is not None and projection.lora_b is not None:
+            pointers += [projection.lora_a.detach().contiguous(), projection.lora_b.detach().contiguous()]
+            numbers += [projection.rank, float(projection.scaling)]
+        else:
+            pointers += [a, b]
+            numbers += [0, 0.0]
+    block_k, block_n, block_e = 1024, 64, next_power_of_2(e)
+    a_programs_per_row = triton.cdiv(k, block_k)
+    with launch_on(a):
+        _fill_low_rank_kernel[(e * a_programs_per_row + triton.cdiv(n, block_n),)](
+            a, b, *pointers, *numbers, e, k, n, a.stride(0), b.stride(0), a_programs_per_row,
+            BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=4,
+        )  # fmt: skip
+
+
+@jit
+def _fill_low_rank_kernel(
+    a_ptr, b_ptr, a0, b0, a1, b1, a2, b2,
+    row0, rank0, r0, s0, row1, rank1, r1, s1, row2, rank2, r2, s2,
+    e, k, n, a_stride, b_stride, a_programs_per_row,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < e * a_programs_per_row:
+        row = program // a_programs_per_row
+        cols = (program % a_programs_per_row) * BLOCK_K + tl.arange(0, BLOCK_K)
+        live = cols < k
+        in0, in1, in2 = row < rank0 + r0, (row >= rank1) & (row < rank1 + r1), (row >= rank2) & (row < rank2 + r2)
+        value = tl.load(a0 + (row - rank0) * k + cols, mask=live & in0, other=0.0).to(tl.float32) * s0
+        value += tl.load(a1 + (row - rank1) * k + cols, mask=live & in1, other=0.0).to(tl.float32) * s1
+        value += tl.load(a2 + (row - rank2) * k + cols, mask=live & in2, other=0.0).to(tl.float32) * s2
+        tl.store(a_ptr + row.to(tl.int64) * a_stride + cols, value.to(a_ptr.dtype.element_ty), mask=live)
+    else:
+        rows = (program - e * a_programs_per_row) * BLOCK_N + tl.arange(0, BLOCK_N)
+        i = rows[:, None]
+        j = tl.arange(0, BLOCK_E)[None, :]
+        inside = (i < n) & (j < e)
+        own0 = inside & (i < row1) & (j < r0)
+        own1 = inside & (i >= row1) & (i < row2) & (j >= rank1) & (j < rank1 + r1)
+        own2 = inside & (i >= row2) & (j >= rank2) & (j < rank2 + r2)
+        entry = tl.load(b0 + (i - row0) * r0 + (j - rank0), mask=own0, other=0.0).to(tl.float32)
+        entry += tl.load(b1 + (i - row1) * r1 + (j - rank1), mask=own1, other=0.0).to(tl.float32)
+        entry += tl.load(b2 + (i - row2) * r2 + (j - rank2), mask=own2, other=0.0).to(tl.float32)
+        tl.store(b_ptr + i.to(tl.int64) * b_stride + j, entry.to(b_ptr.dtype.element_ty), mask=inside)
+
+
+class _ProjectGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, *parameters):
+        dtype = compute_dtype(x, group.dtype)
+        with no_autocast(x.device.type):
+            prepared = prepare(group, dtype)
+            rows, extended = rows_of(x).to(dtype), None
+            if prepared.joined is not None and group.extension:
+                extended = group.input_buffer(rows, dtype)
+                rows = extended[:, : group.in_features].copy_(rows)
+            y, low_rank, masks = project(prepared, rows, extended=extended)
+        # A clone: the view would keep the whole extended buffer alive until the backward.
+        ctx.save_for_backward(x, None if low_rank is None else low_rank.clone(), *masks, *parameters)
+        ctx.group, ctx.dtype = group, dtype
+        return y.view(*x.shape[:-1], group.out_features)
+
+    @staticmethod
+    def backward(ctx, dy):
+        group = ctx.group
+        x, low_rank, *rest = ctx.saved_tensors
+        masks = rest[: len(group.projections)]
+        with no_autocast(x.device.type):
+            prepared = prepare(group, ctx.dtype)
+            dy_rows, extended = rows_of(dy).to(ctx.dtype), None
+            if prepared.joined is not None and group.extension:
+                extended = group.output_buffer(dy_rows, ctx.dtype)
+                dy_rows = extended[:, : group.out_features].copy_(dy_rows)
+            dx, dy_low_rank = input_grad(prepared, dy_rows, masks, extended=extended, needs_dx=ctx.needs_input_grad[0])
+            grads = parameter_grads(
+                prepared, dy_rows, dy_low_rank, rows_of(x).to(ctx.dtype), low_rank, masks, ctx.needs_input_grad[2:]
+            )
+        return None if dx is None else dx.to(x.dtype).view(x.shape), None, *grads

@@ -1,0 +1,108 @@
+"""4-bit weights of bitsandbytes (NF4, FP4, nested statistics or not), back to a float matrix in one launch.
+
+    w = code[nibble] * absmax,     absmax = code2[a] * absmax2 + offset  for nested statistics
+
+Layout: two values a byte, the high nibble first, in row-major order of W [N, K]; `absmax` per block of `blocksize`
+values (64), `absmax2` per `nested_blocksize` entries of absmax (256).
+Dtypes: statistics and the product are fp32; the result rounds once. Bitwise equal to bitsandbytes' own dequantisation,
+which adds the offset after rounding the product: the kernel therefore runs without fused multiply-add.
+Source: Dettmers et al., "QLoRA", arXiv 2305.14314, section 3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .dispatch import jit, launch_on, tl, triton, use_triton
+
+# 1,024 values a warp: the fastest of the shapes measured on an H200, where the kernel is bound by its table look-ups.
+_BLOCKS_PER_PROGRAM = 16
+_NUM_WARPS = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nf4Weight:
+    """A quantized matrix as plain tensors.
+
+    `packed` uint8 [N * K / 2]; `absmax` fp32, or uint8 with the nested fields set, [N * K / blocksize]; `code` fp32
+    [16]; `nested_absmax` fp32 [len(absmax) / nested_blocksize]; `nested_code` fp32 [256]; `offset` fp32 scalar tensor;
+    `compute_dtype` is what the layer multiplies in, None for its input's dtype.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    shape: tuple[int, int]
+    blocksize: int
+    nested_absmax: torch.Tensor | None = None
+    nested_code: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    nested_blocksize: int = 256
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+
+def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The float matrix `[N, K]`, in `out` where given (its rows may be strided, its dtype decides)."""
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    columns = weight.shape[1]
+    whole_blocks = columns % weight.blocksize == 0 or out.stride(0) == columns
+    # Triton's interpreter and the reference agree; a block that straddles a row end needs a contiguous target.
+    if not (use_triton(out) and whole_blocks and weight.shape[0] * columns % weight.blocksize == 0):
+        return out.copy_(dequantize_nf4_reference(weight, out.dtype))
+    num_blocks = weight.packed.numel() * 2 // weight.blocksize
+    blocks_per_row = columns // weight.blocksize if columns % weight.blocksize == 0 else num_blocks
+    is_nested = weight.nested_absmax is not None
+    with launch_on(out):
+        _dequantize_kernel[(triton.cdiv(num_blocks, _BLOCKS_PER_PROGRAM),)](
+            weight.packed, weight.absmax, weight.code,
+            weight.nested_absmax if is_nested else weight.code, weight.nested_code if is_nested else weight.code,
+            weight.offset if is_nested else weight.code, out, num_blocks, blocks_per_row, out.stride(0),
+            NESTED=is_nested, NESTED_BLOCK=weight.nested_blocksize, HALF=weight.blocksize // 2,
+            BLOCKS=_BLOCKS_PER_PROGRAM, num_warps=_NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def dequantize_nf4_reference(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+    absmax = weight.absmax
+    if weight.nested_absmax is not None and weight.nested_code is not None and weight.offset is not None:
+        scale2 = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
+        absmax = weight.nested_code[absmax.int()] * scale2 + weight.offset
+    pairs = torch.stack((weight.code.repeat_interleave(16), weight.code.repeat(16)), dim=-1)  # [256, 2]
+    count = weight.shape[0] * weight.shape[1]  # an odd one leaves a nibble over
+    values = torch.nn.functional.embedding(weight.packed.flatten().int(), pairs).flatten()[:count]
+    full = values.numel() // weight.blocksize * weight.blocksize
+    body = values[:full].view(-1, weight.blocksize) * absmax[: full // weight.blocksize, None]
+    tail = (
+        values[full:] * absmax[full // weight.blocksize :].repeat_interleave(weight.blocksize)[: values.numel() - full]
+    )
+    return torch.cat((body.flatten(), tail)).view(weight.shape).to(dtype)
+
+
+@jit
+def _dequantize_kernel(
+    packed_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, out_ptr,
+    num_blocks, blocks_per_row, out_stride,
+    NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    live = blocks < num_blocks
+    if NESTED:
+        index = tl.load(absmax_ptr + blocks, mask=live, other=0).to(tl.int32)
+        scale2 = tl.load(absmax2_ptr + blocks // NESTED_BLOCK, mask=live, other=0.0)
+        absmax = tl.load(code2_ptr + index) * scale2 + tl.load(offset_ptr)
+    else:
+        absmax = tl.load(absmax_ptr + blocks, mask=live, other=0.0)
+    byte = tl.arange(0, HALF)
+    packed = tl.load(packed_ptr + blocks[:, None] * HALF + byte[None, :], mask=live[:, None], other=0).to(tl.int32)
+    high = tl.load(code_ptr + (packed >> 4)) * absmax[:, None]
+    low = tl.load(code_ptr + (packed & 15)) * absmax[:, None]
+    values = tl.interleave(high, low)  # [BLOCKS, 2 * HALF]
+    start = (blocks // blocks_per_row) * out_stride + (blocks % blocks_per_row) * (2 * HALF)
+    at = out_ptr + start[:, None] + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(at, values.to(out_ptr.dtype.element_ty), mask=live[:, None])
