@@ -1,0 +1,398 @@
+"""The fast forwards, written once: RMSNorm, GLU MLP, attention, whole decoder layers, and the head with its loss.
+
+Each factory returns a `forward` for a subclass of one Hugging Face class. `otherwise` is that class's own forward, run
+whenever the fused path can't serve the call, so every case gives the result of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .._compat import attentions_are_collected, default_causal_lm_loss, has_foreign_hooks
+from .._notices import notice
+from ..kernels.attention import AttentionCase, attention
+from ..kernels.decoder_layer import DecoderLayer, Keep, LayerCall, Norm, decoder_layer
+from ..kernels.glu import glu
+from ..kernels.linear_cross_entropy import (
+    IGNORE_INDEX,
+    LabelCount,
+    LogitTransform,
+    TokenLosses,
+    linear_cross_entropy,
+    linear_token_losses,
+)
+from ..kernels.lora import ProjectionGroup, project_group
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rope import rope
+from .logits import LazyLogits
+from .lora_view import group_of
+from .memory import ActivationPlanner
+from .model_methods import PLANNER, ModelMethods
+
+Forward = Callable[..., Any]
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+# What transformers passes down to attention functions and fastllm's own dispatch serves or may ignore.
+_IGNORABLE = frozenset({"use_cache", "position_ids", "cache_position", "output_attentions", "output_hidden_states"})
+
+
+def norm_forward(*, offset: float = 0.0) -> Forward:
+    """RMSNorm. With `offset` 1 the weight is stored as its distance from one (Gemma)."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, offset=offset)
+
+    return forward
+
+
+def mlp_forward(otherwise: Forward) -> Forward:
+    """down(act(gate(x)) * up(x)) with fused LoRA, for calls that are differentiated."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        groups = mlp_groups(self) if torch.is_grad_enabled() else "no gradient is wanted"
+        if isinstance(groups, str):
+            return otherwise(self, x)
+        gate_up, down = groups
+        gate, up = project_group(x, gate_up).split([p.out_features for p in gate_up.projections], dim=-1)
+        return project_group(glu(gate, up, _ACTIVATIONS[self.config.hidden_act]), down)
+
+    return forward
+
+
+def attention_forward(otherwise: Forward) -> Forward:
+    """Attention with fused LoRA projections and RoPE, for calls that are differentiated and use no cache."""
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        groups: Any = "no gradient is wanted"
+        if past_key_values is None and position_embeddings is not None and torch.is_grad_enabled():
+            groups = attention_groups(self)
+        if isinstance(groups, str) or attentions_are_collected():
+            return otherwise(
+                self, hidden_states=hidden_states, position_embeddings=position_embeddings,
+                attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
+            )  # fmt: skip
+        qkv, output = groups
+        assert position_embeddings is not None
+        parts = project_group(hidden_states, qkv).split([p.out_features for p in qkv.projections], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k = (getattr(self, name)(x) if hasattr(self, name) else x for name, x in (("q_norm", q), ("k_norm", k)))
+        q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        attended = attention(q, k, v.transpose(1, 2), attention_case(self, attention_mask, kwargs))
+        return project_group(attended.transpose(1, 2).flatten(2), output), None
+
+    return forward
+
+
+def decoder_layer_forward(otherwise: Forward) -> Forward:
+    """A whole decoder layer as one autograd node, where all its parts can be fused."""
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        planner: ActivationPlanner = getattr(self, PLANNER)
+        layer: DecoderLayer | str = "a key-value cache is in use"
+        if past_key_values is None and position_embeddings is not None and not attentions_are_collected():
+            layer = fused_layer(self)
+        if isinstance(layer, str):
+            call = _bind(
+                otherwise, self, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+            )  # fmt: skip
+            wants_recompute = planner.setting is not False and past_key_values is None and self.training
+            if wants_recompute and torch.is_grad_enabled():
+                return torch.utils.checkpoint.checkpoint(call, hidden_states, use_reentrant=False)  # pyright: ignore
+            return call(hidden_states)
+        assert position_embeddings is not None
+        cos, sin = position_embeddings
+        case = attention_case(self.self_attn, attention_mask, kwargs)
+        keep = Keep.ALL
+        if torch.is_grad_enabled():
+            keep = planner.keep(self.self_attn.layer_idx, hidden_states, layer)
+        call = LayerCall(cos, sin, case, keep, planner.offload, planner.attention_backend)
+        return decoder_layer(hidden_states, layer, call)
+
+    return forward
+
+
+def causal_lm_forward(otherwise: Forward) -> Forward:
+    """A causal language model whose loss never materialises the logits. Without labels: transformers' own forward."""
+
+    @can_return_tuple
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        targets = labels if labels is not None else kwargs.get("shift_labels")
+        reason = "there are no labels" if targets is None else head_reason(self)
+        if reason is None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            loss, outputs = _fused_loss(
+                self, labels, use_cache=use_cache, input_ids=input_ids, attention_mask=attention_mask,
+                position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs,
+            )  # fmt: skip
+            return CausalLMOutputWithPast(
+                loss=loss,
+                logits=LazyLogits(outputs.last_hidden_state, self.lm_head),  # pyright: ignore[reportArgumentType]
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
+        return otherwise(
+            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+            logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
+
+    return forward
+
+
+def token_losses(
+    model: Any, labels: torch.Tensor | None, *, statistics: tuple[str, ...] = (), **inputs: Any
+) -> tuple[TokenLosses, torch.Tensor, Any]:
+    """Losses of each position, for trainers that reduce them themselves.
+
+    Returns: (losses, each [B, S - 1], or [B, S] with `shift_labels` among the inputs; mask of trained positions; the
+    decoder's outputs).
+    """
+    shift_labels = inputs.pop("shift_labels", None)
+    targets, outputs, count = _run_decoder(model, labels, shift_labels, **inputs)
+    hidden = outputs.last_hidden_state
+    head = head_group(model)
+    assert isinstance(head, ProjectionGroup)
+    losses = linear_token_losses(
+        hidden.flatten(0, 1), head, targets.flatten(), transform=logit_transform(model.config), valid_rows=count.get(),
+        statistics=statistics,
+    )  # fmt: skip
+    keep = slice(None) if shift_labels is not None else slice(None, -1)
+    nll, entropy, is_top1 = (None if part is None else part.view(targets.shape)[:, keep] for part in losses)
+    assert nll is not None
+    return TokenLosses(nll, entropy, is_top1), targets[:, keep] != IGNORE_INDEX, outputs
+
+
+def decoder_classes(module: Any, prefix: str, *, norm_offset: float = 0.0) -> dict[type, type]:
+    """Fast subclasses of a transformers modeling module whose decoder is Llama's: pre-norm, rotary attention, GLU MLP.
+
+    Each keeps the name of the class it stands for, e.g. `LlamaMLP`.
+    """
+
+    def subclass(suffix: str, *mixins: type, **attributes: Any) -> dict[type, type]:
+        original = getattr(module, prefix + suffix)
+        attributes["__module__"] = __name__
+        return {original: type(original.__name__, (*mixins, original), attributes)}
+
+    def own_forward(suffix: str) -> Forward:
+        return getattr(module, prefix + suffix).forward
+
+    return {
+        **subclass("RMSNorm", forward=norm_forward(offset=norm_offset), weight_offset=norm_offset),
+        **subclass("MLP", forward=mlp_forward(own_forward("MLP"))),
+        **subclass("Attention", forward=attention_forward(own_forward("Attention"))),
+        **subclass(
+            "DecoderLayer",
+            forward=decoder_layer_forward(own_forward("DecoderLayer")),
+            gradient_checkpointing=property(lambda self: False, _checkpointing_requested),
+        ),
+        **subclass("ForCausalLM", ModelMethods, forward=causal_lm_forward(own_forward("ForCausalLM"))),
+    }
+
+
+def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
+    """(gate and up, down), or why they can't be fused."""
+    if _activation(mlp) is None:
+        return f"its activation is {mlp.config.hidden_act!r}"
+    gate_up = group_of(mlp, "gate_up", (mlp.gate_proj, mlp.up_proj))
+    if isinstance(gate_up, str):
+        return f"gate_proj or up_proj: {gate_up}"
+    down = group_of(mlp, "down", (mlp.down_proj,))
+    return f"down_proj: {down}" if isinstance(down, str) else (gate_up, down)
+
+
+def attention_groups(attention_module: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
+    """(q, k and v; o), or why they can't be fused."""
+    module = attention_module
+    qkv = group_of(module, "qkv", (module.q_proj, module.k_proj, module.v_proj))
+    if isinstance(qkv, str):
+        return f"q_proj, k_proj or v_proj: {qkv}"
+    output = group_of(module, "output", (module.o_proj,))
+    return f"o_proj: {output}" if isinstance(output, str) else (qkv, output)
+
+
+def fused_layer(layer: Any) -> DecoderLayer | str:
+    """The decoder layer as tensors and numbers, or why it can't run as one node."""
+    attention_module, mlp = layer.self_attn, layer.mlp
+    for name, module in layer._modules.items():
+        if has_foreign_hooks(module):
+            return f"a forward hook is registered on {name}"
+    attention_part = attention_groups(attention_module)
+    if isinstance(attention_part, str):
+        return attention_part
+    mlp_part = mlp_groups(mlp)
+    if isinstance(mlp_part, str):
+        return mlp_part
+    heads = attention_module._modules
+    activation = _activation(mlp)
+    assert activation is not None
+    return DecoderLayer(
+        input_norm=_norm(layer.input_layernorm),
+        qkv=attention_part[0],
+        output=attention_part[1],
+        post_norm=_norm(layer.post_attention_layernorm),
+        gate_up=mlp_part[0],
+        down=mlp_part[1],
+        activation=activation,
+        head_dim=attention_module.head_dim,
+        query_norm=_norm(heads["q_norm"]) if "q_norm" in heads else None,
+        key_norm=_norm(heads["k_norm"]) if "k_norm" in heads else None,
+    )
+
+
+def head_group(model: Any) -> ProjectionGroup | str:
+    """The language-model head, or why it can't be fused. `modules_to_save` gives its trained copy."""
+    head = model.lm_head
+    saved = getattr(head, "modules_to_save", None)
+    if saved is not None:
+        active = [name for name in head.active_adapters if name in saved]
+        head = saved[active[0]] if active and not head.disable_adapters else head.original_module
+    group = group_of(model, "lm_head", (head,))
+    if isinstance(group, ProjectionGroup) and group.has_dropout:
+        return "lm_head: its adapter has dropout"
+    return f"lm_head: {group}" if isinstance(group, str) else group
+
+
+def head_reason(model: Any) -> str | None:
+    """Why the fused loss can't serve the model, or None. Told once."""
+    reason = None
+    if model.loss_function is not default_causal_lm_loss():
+        reason = "model.loss_function is not the causal language-model loss"
+    else:
+        group = head_group(model)
+        reason = group if isinstance(group, str) else None
+    if reason is not None:
+        notice(f"fastllm: the loss is computed from full logits, since {reason}", once=f"head:{reason}")
+    return reason
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What the family does to its logits, from the config's own field names."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    divisor = getattr(text, "logits_scaling", None)
+    return LogitTransform(
+        scale=float(scale if divisor is None else 1.0 / divisor),
+        softcap=float(getattr(text, "final_logit_softcapping", None) or 0.0),
+    )
+
+
+def attention_case(module: Any, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> AttentionCase:
+    """The attention of one call. Other implementations than SDPA are called as transformers calls them."""
+    dropout = module.attention_dropout if module.training else 0.0
+    implementation = module.config._attn_implementation
+    if implementation in ("sdpa", "eager") and not kwargs.get("output_attentions"):
+        return AttentionCase(module.scaling, mask, dropout)
+    passed = {name: value for name, value in kwargs.items() if name not in _IGNORABLE}
+    sliding = {"sliding_window": module.sliding_window} if getattr(module, "sliding_window", None) else {}
+    interface = ALL_ATTENTION_FUNCTIONS[implementation]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, _ = interface(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **sliding, **passed)
+        return out.transpose(1, 2)
+
+    return AttentionCase(module.scaling, mask, dropout, run)
+
+
+def _fused_loss(model: Any, labels: torch.Tensor | None, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    num_items = inputs.pop("num_items_in_batch", None)
+    targets, outputs, count = _run_decoder(model, labels, inputs.pop("shift_labels", None), **inputs)
+    head = head_group(model)
+    assert isinstance(head, ProjectionGroup)
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(targets.device)
+    loss = linear_cross_entropy(
+        outputs.last_hidden_state.flatten(0, 1), head, targets.flatten(), num_items=num_items,
+        transform=logit_transform(model.config), valid_rows=count.get(),
+    )  # fmt: skip
+    return loss, outputs
+
+
+def _run_decoder(
+    model: Any, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, **inputs: Any
+) -> tuple[torch.Tensor, Any, LabelCount]:
+    """(labels aligned with the hidden states [B, S], outputs of the decoder, number of trained labels)."""
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    device = model.lm_head.weight.device
+    count = LabelCount(shift_labels)
+    mask = inputs.get("attention_mask")
+    if _is_right_padding(mask, shift_labels) and inputs.get("past_key_values") is None:
+        # Causal attention never lets a token see padding to its right.
+        inputs["attention_mask"] = None
+    outputs = model.model(**inputs)
+    outputs.last_hidden_state = outputs.last_hidden_state.to(device)
+    return shift_labels.to(device), outputs, count
+
+
+def _is_right_padding(mask: torch.Tensor | None, aligned_labels: torch.Tensor) -> bool:
+    """Whether a 2-D mask only hides positions at the end of each row, none of which is trained."""
+    if mask is None or mask.dim() != 2 or mask.shape != aligned_labels.shape:
+        return False
+    visible = mask != 0
+    ordered = (visible[:, 1:] <= visible[:, :-1]).all()
+    return bool(ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any())
+
+
+def _checkpointing_requested(layer: Any, value: bool) -> None:
+    """A trainer switches transformers' checkpointing: fused layers follow the model's own setting instead."""
+    planner = layer.__dict__.get(PLANNER)
+    if planner is not None and bool(value) != (planner.setting is not False):
+        notice(
+            f"fastllm: gradient_checkpointing={value} from the trainer is left to the model's own setting, "
+            f"use_gradient_checkpointing={planner.setting!r}",
+            once=f"checkpointing:{value}",
+        )
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon, getattr(type(module), "weight_offset", 0.0))
+
+
+def _activation(mlp: Any) -> str | None:
+    return _ACTIVATIONS.get(mlp.config.hidden_act)
+
+
+def _bind(function: Forward, module: Any, **kwargs: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda hidden_states: function(module, hidden_states, **kwargs)

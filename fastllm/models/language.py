@@ -1,0 +1,247 @@
+"""`FastLanguageModel`: the two calls that users type, with every argument of Unsloth's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .._errors import ArgumentError, UnsupportedError, reject_unknown
+from .._notices import notice
+from . import modes
+from .adapters import AdapterRequest, add_adapter
+from .loader import LoadRequest, load, parse_dtype
+from .trl_shim import install_trl_shim
+
+# Options of transformers' from_pretrained that pass through to every download.
+_HUB_OPTIONS = (
+    "token",
+    "revision",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+    "variant",
+    "proxies",
+)
+_LOAD_OPTIONS = ("quantization_config", "attn_implementation", "config", "tokenizer_name", "torch_dtype")
+_HEAD_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
+# Arguments of features that are not here yet: name -> (value that asks for nothing, what it would do).
+_LATER = {
+    "load_in_fp8": (False, "FP8 weights"),
+    "fast_inference": (False, "generation through vLLM"),
+    "qat_scheme": (None, "quantization-aware training"),
+    "offload_embedding": (False, "an embedding in host memory"),
+    "unsloth_tiled_mlp": (False, "an MLP tiled along the sequence"),
+}
+# Arguments that only matter to vLLM: name -> default.
+_VLLM_ONLY = {"gpu_memory_utilization": 0.5, "float8_kv_cache": False, "max_lora_rank": 64, "disable_log_stats": True}
+
+
+class FastLanguageModel:
+    """Loads causal language models for fine-tuning and adds LoRA adapters to them."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "unsloth/Llama-3.2-1B-Instruct",
+        max_seq_length: int | None = 2048,
+        dtype: Any = None,
+        load_in_4bit: bool = True,
+        load_in_8bit: bool = False,
+        load_in_16bit: bool = False,
+        full_finetuning: bool = False,
+        load_in_fp8: bool | str = False,
+        token: str | None = None,
+        device_map: Any = "sequential",
+        rope_scaling: Mapping[str, Any] | None = None,
+        fix_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        resize_model_vocab: int | None = None,
+        revision: str | None = None,
+        use_exact_model_name: bool = False,
+        offload_embedding: bool = False,
+        float32_mixed_precision: bool | None = None,
+        fast_inference: bool = False,
+        gpu_memory_utilization: float = 0.5,
+        float8_kv_cache: bool = False,
+        random_state: int = 3407,
+        max_lora_rank: int = 64,
+        disable_log_stats: bool = True,
+        qat_scheme: str | None = None,
+        unsloth_tiled_mlp: bool | str = False,
+        text_only: bool = False,
+        patch: bool = True,
+        strict: bool = False,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        """Load a checkpoint, or an adapter together with its base. Returns `(model, tokenizer)`.
+
+        Args:
+            model_name: a folder, a hub repository, or a folder or repository that holds a PEFT adapter. It is loaded
+                exactly as named (`use_exact_model_name` is always on).
+            max_seq_length: context length in tokens, the checkpoint's own for None. Past the native length RoPE is
+                scaled, and it is said.
+            dtype: None for the machine's choice (bf16, fp16 where bf16 is not native, fp32 on a CPU), a torch dtype or
+                its name.
+            load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning: how the base is held. Each of the last three
+                switches the default 4-bit off. 4-bit is NF4 with double quantization.
+            use_gradient_checkpointing: `"fastllm"` (alias `"unsloth"`) plans recomputation from the free memory,
+                `"offload"` uses the least memory, True recomputes every layer, False none.
+            float32_mixed_precision: with full_finetuning, True holds the weights in fp32.
+            patch: False leaves the model to transformers' own code. `strict` raises where an architecture has no fast
+                classes, instead of doing that with a notice.
+            **options: `quantization_config`, `attn_implementation`, `config`, `tokenizer_name`, and transformers'
+                download options (`cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `proxies`).
+
+        Raises:
+            ArgumentError: an unknown or contradictory argument.
+            ModelError, TokenizerError: the checkpoint can't be used, with the reason.
+            UnsupportedError: a feature of Unsloth that this version does not have.
+        """
+        where = "FastLanguageModel.from_pretrained"
+        given = locals()
+        _refuse_later(where, {name: given[name] for name in _LATER})
+        _explain_vllm_only({name: given[name] for name in _VLLM_ONLY})
+        if any(options.get(name) is not None for name in _HEAD_OPTIONS):
+            raise UnsupportedError("classification heads are not part of this version", where=where)
+        reject_unknown(where, options, [*_HUB_OPTIONS, *_LOAD_OPTIONS, *_HEAD_OPTIONS, *_parameters(given)])
+        install_trl_shim()
+        hub = {
+            "token": token,
+            "revision": revision,
+            **{name: options[name] for name in _HUB_OPTIONS if name in options},
+        }
+        request = LoadRequest(
+            model_name=_checked_name(model_name),
+            max_seq_length=max_seq_length,
+            dtype=parse_dtype(dtype if dtype is not None else options.get("torch_dtype")),
+            bits=_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning),
+            full_finetuning=full_finetuning,
+            float32_weights=bool(float32_mixed_precision),
+            quantization_config=options.get("quantization_config"),
+            device_map=device_map,
+            rope_scaling=rope_scaling,
+            fix_tokenizer=fix_tokenizer,
+            trust_remote_code=trust_remote_code,
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            resize_model_vocab=resize_model_vocab,
+            tokenizer_name=options.get("tokenizer_name"),
+            attn_implementation=options.get("attn_implementation"),
+            config=options.get("config"),
+            patch=patch,
+            strict=strict,
+            hub={name: value for name, value in hub.items() if value is not None},
+        )
+        return load(request)
+
+    @staticmethod
+    def get_peft_model(
+        model: Any,
+        r: int = 16,
+        target_modules: Sequence[str] | str = (
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+        ),
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: Sequence[int] | int | None = None,
+        layers_pattern: str | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        max_seq_length: int = 2048,
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: Mapping[str, Any] | None = None,
+        temporary_location: str = "_unsloth_temporary_saved_buffers",
+        qat_scheme: str | None = None,
+        target_parameters: Sequence[str] | None = None,
+        ensure_weight_tying: bool = False,
+        use_dora: bool = False,
+        finetune_last_n_layers: int | None = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """Add LoRA adapters. Returns a `peft.PeftModel` whose layers run fused where they can.
+
+        Args:
+            r, lora_alpha, lora_dropout, bias, use_rslora, use_dora, layers_to_transform, layers_pattern,
+            target_parameters, ensure_weight_tying: as in `peft.LoraConfig`. Dropout and bias keep the fast path.
+            target_modules: a list, one regular expression, `"all-linear"`, or a list written as a string. In a list,
+                `embed_tokens` and `lm_head` are trained in full, as `modules_to_save`.
+            finetune_last_n_layers: adapters on the last n decoder layers only.
+            use_gradient_checkpointing: see `from_pretrained`.
+            random_state: seeds Python, NumPy and torch.
+            init_lora_weights: True, False, "gaussian", "loftq" (with a base that is not 4-bit), or another of PEFT's.
+            max_seq_length, temporary_location: accepted for compatibility; nothing here depends on them.
+            **options: further fields of `peft.LoraConfig`.
+
+        Raises:
+            ArgumentError: an unknown argument, or targets that match nothing in the model.
+        """
+        where = "FastLanguageModel.get_peft_model"
+        _refuse_later(where, {"qat_scheme": qat_scheme})
+        return add_adapter(
+            model,
+            AdapterRequest(
+                r=r, target_modules=target_modules, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
+                layers_to_transform=layers_to_transform, layers_pattern=layers_pattern, use_rslora=use_rslora,
+                modules_to_save=modules_to_save, init_lora_weights=init_lora_weights, loftq_config=loftq_config,
+                target_parameters=target_parameters, ensure_weight_tying=ensure_weight_tying, use_dora=use_dora,
+                finetune_last_n_layers=finetune_last_n_layers, use_gradient_checkpointing=use_gradient_checkpointing,
+                random_state=random_state, options=options,
+            ),
+            known=[name for name in FastLanguageModel.get_peft_model.__annotations__ if name != "return"],
+        )  # fmt: skip
+
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
+        """Training mode. The model trains and generates in any mode; this switches dropout and the padding side."""
+        return modes.for_training(model, use_gradient_checkpointing)
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Evaluation mode: dropout off, padding left, key-value cache on."""
+        return modes.for_inference(model)
+
+
+def _parameters(given: Mapping[str, Any]) -> list[str]:
+    return [name for name in given if name not in ("options", "where")]
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, (str,)) and not hasattr(name, "__fspath__"):
+        raise ArgumentError(
+            f"got a {type(name).__name__}", where="model_name", fix='pass a folder or a repository, "org/name"'
+        )
+    return str(name)
+
+
+def _bits(four: bool, eight: bool, sixteen: bool, full: bool) -> int:
+    """The base's bits a weight. The default 4-bit gives way to an explicit request; two explicit ones contradict."""
+    asked = [
+        name for name, on in (("load_in_8bit", eight), ("load_in_16bit", sixteen), ("full_finetuning", full)) if on
+    ]
+    if len(asked) > 1:
+        raise ArgumentError(
+            f"{' and '.join(asked)} exclude each other", where="from_pretrained", fix="keep one of them"
+        )
+    if eight:
+        return 8
+    return 16 if sixteen or full or not four else 4
+
+
+def _refuse_later(where: str, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        off, what = _LATER[name]
+        if value not in (off, None, False):
+            raise UnsupportedError(
+                f"{name}={value!r} asks for {what}, which is not part of this version",
+                where=where,
+                fix=f"leave {name} out",
+            )
+
+
+def _explain_vllm_only(given: Mapping[str, Any]) -> None:
+    changed = [name for name, value in given.items() if value != _VLLM_ONLY[name]]
+    if changed:
+        notice(f"fastllm: {', '.join(changed)} only matter with fast_inference=True and are not used")

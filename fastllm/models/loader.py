@@ -1,0 +1,297 @@
+"""From a name to a model that is ready for adapters: resolve, plan the precision, load, adapt, settle the tokens."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._compat import use_expandable_segments
+from .._device import Device, default_device
+from .._errors import ArgumentError, ModelError, UnsupportedError
+from .._notices import notice, warn
+from .arch import get_arch, supported_model_types
+from .memory import checkpointing_setting
+from .model_methods import PLANNER, TOKENIZER
+from .patch import adapt
+from .quantized import bitsandbytes_config, given_config
+from .tokenizer import load_tokenizer, settle_tokens
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """The arguments of `from_pretrained`, checked for contradictions. `hub` holds what goes to each hub download."""
+
+    model_name: str
+    max_seq_length: int | None = None
+    dtype: torch.dtype | None = None
+    bits: int = 4
+    full_finetuning: bool = False
+    float32_weights: bool = False
+    quantization_config: Any = None
+    device_map: Any = "sequential"
+    rope_scaling: Mapping[str, Any] | None = None
+    fix_tokenizer: bool = True
+    trust_remote_code: bool = False
+    use_gradient_checkpointing: bool | str = "fastllm"
+    resize_model_vocab: int | None = None
+    tokenizer_name: str | None = None
+    attn_implementation: str | None = None
+    config: Any = None
+    patch: bool = True
+    strict: bool = False
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name stands for: a base checkpoint, and an adapter folder or repository on top of it."""
+
+    base: str
+    config: Any
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`dtype` of the 16-bit parts and of the arithmetic; `quantization` for transformers; `label` for the banner."""
+
+    dtype: torch.dtype
+    quantization: Any
+    label: str
+
+
+def load(request: LoadRequest) -> tuple[Any, Any]:
+    """(model, tokenizer): the model adapted to the fast classes where its architecture has them."""
+    started = time.perf_counter()
+    device = default_device()
+    if device.kind == "cuda" and use_expandable_segments():
+        notice("fastllm: CUDA memory grows in expandable segments (PYTORCH_CUDA_ALLOC_CONF overrides)", once="segments")
+    source = resolve(request)
+    precision = plan_precision(request, source.config, device)
+    max_seq_length = extend_context(source.config, request)
+    model = _load_weights(request, source, precision, device)
+    if request.resize_model_vocab is not None:
+        model.resize_token_embeddings(request.resize_model_vocab)
+    _adapt(model, request)
+    tokenizer_source = request.tokenizer_name or _tokenizer_home(source)
+    tokenizer = load_tokenizer(
+        tokenizer_source, max_length=max_seq_length, trust_remote_code=request.trust_remote_code, padding_side="left",
+        **request.hub,
+    )  # fmt: skip
+    settle_tokens(tokenizer, model, repair=request.fix_tokenizer)
+    setattr(model, TOKENIZER, tokenizer)
+    model.max_seq_length = max_seq_length
+    if request.full_finetuning:
+        _train_everything(model)
+    if source.adapter is not None:
+        model = _attach_adapter(model, source.adapter, request)
+    notice(_banner(source, precision, device, max_seq_length, time.perf_counter() - started))
+    return model, tokenizer
+
+
+def resolve(request: LoadRequest) -> Source:
+    """Read the adapter's config, if the name is an adapter, and the base checkpoint's."""
+    from transformers import AutoConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    name, adapter, config = request.model_name, None, request.config
+    try:
+        if find_adapter_config_file(name, **_of(request.hub, "token", "revision", "cache_dir", "local_files_only")):
+            adapter, name = name, _adapter_base(name, request.hub)
+        if config is None:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=request.trust_remote_code, **request.hub)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"no model config could be read ({str(error).splitlines()[0]})",
+            where=name,
+            fix="give a folder that holds config.json, or a repository name; for a private one also token=...",
+        ) from error
+    if getattr(config, "vision_config", None) is not None:
+        raise UnsupportedError(
+            f"{config.model_type!r} is a vision-language model, which this version does not load",
+            where=name,
+            fix="load its text model, or use transformers until FastVisionModel is here",
+        )
+    return Source(name, config, adapter)
+
+
+def _adapter_base(adapter: str, hub: Mapping[str, Any]) -> str:
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
+    if not base:
+        raise ModelError("its adapter_config.json names no base model", where=adapter, fix="load the base model itself")
+    return base
+
+
+def plan_precision(request: LoadRequest, config: Any, device: Device) -> Precision:
+    """Which dtype and quantization the request means on this machine and for this checkpoint."""
+    dtype = request.dtype or _machine_dtype(device)
+    if dtype is torch.bfloat16 and not device.has_bf16:
+        warn(f"{device.name} has no native bf16: fp16 is used instead")
+        dtype = torch.float16
+    if request.full_finetuning and request.float32_weights:
+        dtype = torch.float32
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None:
+        return _existing_quantization(request, existing, dtype)
+    name = str(dtype).removeprefix("torch.")
+    if request.quantization_config is not None:
+        return Precision(dtype, given_config(request.quantization_config), f"given quantization, {name}")
+    if request.full_finetuning:
+        return Precision(dtype, None, f"full fine-tuning in {name}")
+    if request.bits == 16:
+        return Precision(dtype, None, name)
+    label = f"NF4 with double quantization, {name}" if request.bits == 4 else f"int8, {name}"
+    return Precision(dtype, bitsandbytes_config(request.bits, dtype), label)
+
+
+def extend_context(config: Any, request: LoadRequest) -> int:
+    """The context length asked for; rotary angles are scaled where it passes the checkpoint's own. Returns it."""
+    text = config.get_text_config()
+    native = getattr(text, "max_position_embeddings", None)
+    wanted = request.max_seq_length or native or 2048
+    if request.rope_scaling is not None:
+        scaling = dict(request.rope_scaling)
+        scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "linear"))
+        text.rope_parameters = {**(getattr(text, "rope_parameters", None) or {}), **scaling}
+        notice(f"fastllm: RoPE scaling as given: {scaling}")
+    if native is None or wanted <= native:
+        return wanted
+    if not hasattr(text, "rope_parameters"):
+        raise ModelError(
+            f"its positions end at {native:,} and can't be scaled",
+            where=request.model_name,
+            fix=f"max_seq_length={native}",
+        )
+    parameters = dict(text.rope_parameters or {})
+    kind = parameters.get("rope_type", "default")
+    if request.rope_scaling is None and kind == "default":
+        factor = wanted / native
+        text.rope_parameters = {**parameters, "rope_type": "linear", "factor": factor}
+        notice(f"fastllm: {wanted:,} tokens are past the native {native:,}: RoPE positions are divided by {factor:g}")
+    else:
+        notice(f"fastllm: {wanted:,} tokens are past the native {native:,}: its own RoPE scaling ({kind}) is extended")
+    text.max_position_embeddings = wanted
+    return wanted
+
+
+def parse_dtype(dtype: Any) -> torch.dtype | None:
+    """A torch dtype from a torch dtype or its name; None stays None."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in _DTYPES:
+        return _DTYPES[dtype.removeprefix("torch.")]
+    if dtype == "auto":
+        return None
+    raise ArgumentError(f"got {dtype!r}", where="dtype", fix=f"use None, a torch dtype, or one of {', '.join(_DTYPES)}")
+
+
+def _machine_dtype(device: Device) -> torch.dtype:
+    if device.kind == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.has_bf16 else torch.float16
+
+
+def _existing_quantization(request: LoadRequest, existing: Any, dtype: torch.dtype) -> Precision:
+    """A checkpoint that is quantized already keeps its format; only the arithmetic's dtype is ours to choose."""
+    fields = existing if isinstance(existing, dict) else existing.to_dict()
+    method = str(fields.get("quant_method", "unknown")).removeprefix("QuantizationMethod.").lower()
+    if request.full_finetuning:
+        raise ModelError(
+            f"its weights are quantized ({method}) and can't be trained in full",
+            where=request.model_name,
+            fix="load the 16-bit checkpoint it was made from",
+        )
+    if isinstance(existing, dict) and "bnb_4bit_compute_dtype" in existing:
+        existing["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    notice(f"fastllm: the checkpoint is already quantized ({method}) and is loaded as it is")
+    return Precision(dtype, None, f"{method} as stored, {str(dtype).removeprefix('torch.')}")
+
+
+def _load_weights(request: LoadRequest, source: Source, precision: Precision, device: Device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = (
+        {"quantization_config": precision.quantization} if precision.quantization is not None else {}
+    )
+    if request.attn_implementation is not None:
+        options["attn_implementation"] = request.attn_implementation
+    return AutoModelForCausalLM.from_pretrained(
+        source.base, config=source.config, dtype=precision.dtype, device_map=_device_map(request.device_map, device),
+        trust_remote_code=request.trust_remote_code, **options, **request.hub,
+    )  # fmt: skip
+
+
+def _device_map(device_map: Any, device: Device) -> Any:
+    """One device where one will do: several GPUs without a launcher keep transformers' own placement."""
+    under_launcher = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+    several = torch.cuda.is_available() and torch.cuda.device_count() > 1 and not under_launcher
+    if isinstance(device_map, str) and device_map in ("sequential", "auto", "balanced", "unsloth") and not several:
+        return {"": device.torch_name}
+    return "sequential" if device_map == "unsloth" else device_map
+
+
+def _adapt(model: Any, request: LoadRequest) -> None:
+    model_type = model.config.model_type
+    arch = get_arch(model_type) if request.patch else None
+    if arch is None and request.patch:
+        text = f"{model_type!r} has no fast classes yet; supported: {', '.join(supported_model_types())}"
+        if request.strict:
+            raise ModelError(
+                text, where=request.model_name, fix="leave strict=True out to train it with transformers' own code"
+            )
+        notice(f"fastllm: {text}. The model runs transformers' own forward.")
+    adapt(model, arch, checkpointing_setting(request.use_gradient_checkpointing))
+
+
+def _train_everything(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    planner = getattr(model, PLANNER, None)
+    if planner is not None:
+        # Gradients in the weights' dtype and two fp32 optimiser states.
+        planner.reserved_bytes = sum(p.numel() * (p.element_size() + 8) for p in model.parameters())
+
+
+def _attach_adapter(model: Any, adapter: str, request: LoadRequest) -> Any:
+    from .adapters import load_adapter
+
+    return load_adapter(model, adapter, **request.hub)
+
+
+def _tokenizer_home(source: Source) -> str:
+    """The adapter's folder where it holds a tokenizer, else the base checkpoint."""
+    if source.adapter is not None and os.path.isfile(os.path.join(source.adapter, "tokenizer_config.json")):
+        return source.adapter
+    return source.base
+
+
+def _banner(source: Source, precision: Precision, device: Device, max_seq_length: int, seconds: float) -> str:
+    import transformers
+
+    from .. import __version__
+    from ..kernels.dispatch import HAS_TRITON
+
+    memory = f"{device.total_bytes / 2**30:.1f} GiB" if device.total_bytes else "memory unknown"
+    triton = "Triton kernels" if HAS_TRITON and device.kind in ("cuda", "rocm", "xpu") else "PyTorch reference kernels"
+    adapter = f" with adapter {source.adapter}" if source.adapter else ""
+    return (
+        f"fastllm {__version__} | torch {torch.__version__} | transformers {transformers.__version__}\n"
+        f"  {source.config.model_type}: {source.base}{adapter}\n"
+        f"  {precision.label}; up to {max_seq_length:,} tokens; loaded in {seconds:.1f} s\n"
+        f"  {device.name} ({memory}); {triton}"
+    )
+
+
+def _of(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}

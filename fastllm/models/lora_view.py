@@ -1,0 +1,154 @@
+"""A linear layer, plain or 4-bit, alone or under a PEFT adapter, seen as the tensors that the kernels take.
+
+Works by duck typing, so PEFT is not imported. What the kernels can't express is answered with the
+reason, and the caller leaves that layer to its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._compat import has_foreign_hooks
+from ..kernels.lora import Projection, ProjectionGroup
+from ..kernels.nf4 import Nf4Weight
+from .quantized import unpack_cpu_weight
+
+# Attribute of the owning module that remembers a group, with the state of its layers it was made from.
+_CACHE = "_fastllm_groups"
+
+
+def projection_of(module: nn.Module) -> Projection | str:
+    """The layer's tensors, or why the fused kernels can't take it."""
+    if has_foreign_hooks(module):
+        return "a forward hook is registered on it"
+    base = getattr(module, "base_layer", None)
+    if base is None:
+        return _base_projection(module)
+    if has_foreign_hooks(base):
+        return "a forward hook is registered on it"
+    plain = _base_projection(base)
+    if isinstance(plain, str):
+        return plain
+    lora: Any = module
+    if getattr(lora, "lora_A", None) is None:
+        return f"its adapter is a {type(module).__name__}, not LoRA"
+    active = [name for name in lora.active_adapters if name in lora.lora_A]
+    if lora.disable_adapters or lora.merged or not active:
+        return plain
+    if len(active) > 1:
+        return f"{len(active)} adapters are active at once"
+    (name,) = active
+    if name in getattr(lora, "lora_variant", {}):
+        return f"its adapter is the LoRA variant {type(lora.lora_variant[name]).__name__}"
+    if getattr(lora, "fan_in_fan_out", False):
+        return "its weight is stored transposed"
+    a, b, dropout = lora.lora_A[name], lora.lora_B[name], lora.lora_dropout[name]
+    if b.bias is not None:
+        return "its adapter has a bias of its own (lora_bias)"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"its adapter's dropout is a {type(dropout).__name__}"
+    probability = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+    return Projection(plain.weight, plain.bias, a.weight, b.weight, float(lora.scaling[name]), probability)
+
+
+def group_of(owner: nn.Module, key: str, modules: Sequence[nn.Module]) -> ProjectionGroup | str:
+    """The layers `modules` as one group, or why they can't be fused; remembered on `owner` while nothing changes."""
+    state = [_state_of(module) for module in modules]
+    cache: dict[str, tuple[list[tuple], ProjectionGroup | str]] = owner.__dict__.setdefault(_CACHE, {})
+    known = cache.get(key)
+    if known is not None and _same(known[0], state):
+        return known[1]
+    projections = []
+    result: ProjectionGroup | str | None = None
+    for module in modules:
+        projection = projection_of(module)
+        if isinstance(projection, str):
+            result = projection
+            break
+        projections.append(projection)
+    if result is None:
+        result = ProjectionGroup(projections)
+    cache[key] = (state, result)
+    return result
+
+
+def forget_groups(model: nn.Module) -> None:
+    """Drop every remembered group."""
+    for module in model.modules():
+        module.__dict__.pop(_CACHE, None)
+
+
+def _base_projection(module: nn.Module) -> Projection | str:
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or weight is None:
+        return f"it is a {type(module).__name__}, not a linear layer"
+    bias = module.bias
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        unpack_cpu_weight(module)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return Projection(_nf4_weight(module, state), bias)
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')} ({type(module).__name__})"
+    if type(weight) not in (torch.Tensor, nn.Parameter):
+        return f"its weight is a {type(weight).__name__}"
+    return Projection(weight, bias)
+
+
+def _nf4_weight(module: Any, state: Any) -> Nf4Weight:
+    """bitsandbytes' quantisation state as plain tensors."""
+    weight = module.weight
+    nested = state.state2 if state.nested else None
+    return Nf4Weight(
+        packed=weight.detach().view(torch.uint8).reshape(-1),
+        absmax=state.absmax,
+        code=state.code,
+        shape=(state.shape[0], state.shape[1]),
+        blocksize=state.blocksize,
+        nested_absmax=None if nested is None else nested.absmax,
+        nested_code=None if nested is None else nested.code,
+        offset=state.offset if nested is not None else None,
+        nested_blocksize=256 if nested is None else nested.blocksize,
+        compute_dtype=getattr(module, "compute_dtype", None),
+    )
+
+
+def _state_of(module: nn.Module) -> tuple:
+    """What a projection was made from: compared by identity to see whether it still holds."""
+    lora: Any = module
+    base = module._modules.get("base_layer", module)
+    assert base is not None
+    weight = base._parameters.get("weight")
+    state: tuple = (
+        weight,
+        None if weight is None else weight.data_ptr(),
+        getattr(weight, "quant_state", None),
+        base._parameters.get("bias"),
+        bool(
+            module._forward_hooks or base._forward_hooks or "forward" in module.__dict__ or "forward" in base.__dict__
+        ),
+        module.training,
+    )
+    if base is module:
+        return state
+    active = tuple(getattr(lora, "active_adapters", ()))
+    tensors = (
+        part
+        for name in active
+        if name in lora.lora_A
+        for part in (lora.lora_A[name].weight, lora.lora_B[name].weight, lora.scaling[name], lora.lora_dropout[name])
+    )
+    return (*state, active, lora.disable_adapters, lora.merged, *tensors)
+
+
+def _same(left: list[tuple], right: list[tuple]) -> bool:
+    """Equality of states: tensors and objects by identity, plain values by value."""
+    plain = (bool, int, float, str, tuple)
+    return all(
+        len(a) == len(b) and all(x is y or (isinstance(x, plain) and x == y) for x, y in zip(a, b, strict=True))
+        for a, b in zip(left, right, strict=True)
+    )

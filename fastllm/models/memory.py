@@ -1,0 +1,227 @@
+"""The memory planner: which decoder layers keep their activations, recompute them, or send their input to the host.
+
+The plan is made from the memory that is free when a longer batch than before arrives, and from the arithmetic of the
+layers. It only ever trades time: every plan gives the same gradients, bit for bit in deterministic mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .._device import free_bytes
+from .._errors import ArgumentError
+from .._notices import notice
+from ..kernels.attention import AttentionCase, choose_backend
+from ..kernels.decoder_layer import DecoderLayer, Keep
+
+GIB = 2**30
+# Part of the free memory that is left alone: fragmentation, cuBLAS workspaces, what other code allocates.
+_MARGIN = 0.06
+_MARGIN_BYTES = GIB // 2
+# cuDNN compiles a plan for each new shape (0.1 s on an H200); it pays once this much attention, in queries times keys,
+# has been computed at that shape.
+_CUDNN_AFTER_SCORES = 2**26
+
+
+def checkpointing_setting(value: bool | str) -> bool | str:
+    """The value of a `use_gradient_checkpointing` argument, checked; `unsloth` and `fastllm` are one setting."""
+    if isinstance(value, str):
+        lowered = value.lower()
+        known = {"unsloth": "fastllm", "fastllm": "fastllm", "offload": "offload", "true": True, "false": False}
+        if lowered in known:
+            return known[lowered]
+    elif isinstance(value, bool):
+        return value
+    raise ArgumentError(
+        f"got {value!r}",
+        where="use_gradient_checkpointing",
+        fix='use "fastllm" (planned from free memory; "unsloth" is the same), "offload" (least memory), True or False',
+    )
+
+
+class ActivationPlanner:
+    """What each decoder layer of one model keeps between forward and backward.
+
+    `setting` is `False` (keep everything), `True` (recompute everything from each layer's input), `"offload"` (the same
+    with the inputs in host memory: the least device memory) or `"fastllm"` (planned). `reserved_bytes` is memory that
+    training will take later: gradients and optimiser states.
+    """
+
+    def __init__(self, num_layers: int, setting: bool | str = "fastllm") -> None:
+        self.num_layers = num_layers
+        self.setting = checkpointing_setting(setting)
+        self.reserved_bytes = 0
+        self._plans: dict[int, list[Keep]] = {}
+        self._plan: list[Keep] = []
+        self._told = ""
+        self._offload = HostOffload()
+        self._last_index = num_layers
+        self._shape: tuple = ()
+        self._forwards_of_shape: dict[tuple, int] = {}
+        self._backends: dict[tuple, str] = {}
+
+    def use(self, setting: bool | str) -> None:
+        self.setting = checkpointing_setting(setting)
+        self._plans.clear()
+
+    def keep(self, index: int, x: torch.Tensor, layer: DecoderLayer) -> Keep:
+        """What layer `index` keeps, given its input `x [B, S, D]`, in a forward that will be differentiated."""
+        if index <= self._last_index:
+            self._begin(x, layer)
+        self._last_index = index
+        return self._plan[index]
+
+    def offload(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return self._offload.put(x)
+
+    def attention_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
+        """The attention kernel of this forward: the same in all layers that see the same shapes."""
+        scores = q.shape[0] * q.shape[2] * k.shape[2]
+        allow_cudnn = self._forwards_of_shape.get(self._shape, 0) * scores >= _CUDNN_AFTER_SCORES
+        has_mask, has_function = case.mask is not None, case.function is not None
+        key = (q.shape, k.shape, q.dtype, q.device, has_mask, has_function, case.dropout, allow_cudnn,
+               torch.are_deterministic_algorithms_enabled())  # fmt: skip
+        if key not in self._backends:
+            self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=allow_cudnn)
+        return self._backends[key]
+
+    def describe(self) -> str:
+        """The latest plan in a line."""
+        return self._told or f"activations: {self.setting!r}, no batch seen yet"
+
+    def _begin(self, x: torch.Tensor, layer: DecoderLayer) -> None:
+        """Start a forward: the layers count up from here."""
+        self._offload.begin()
+        self._shape = tuple(x.shape)
+        self._forwards_of_shape[self._shape] = self._forwards_of_shape.get(self._shape, 0) + 1
+        tokens = x.shape[0] * x.shape[1]
+        bucket = -(-tokens // 1024) * 1024
+        if bucket not in self._plans:
+            self._plans[bucket] = self._make_plan(layer, bucket, x.device, x.dtype)
+        self._plan = self._plans[bucket]
+
+    def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:
+        count = self.num_layers
+        if self.setting is False:
+            return [Keep.ALL] * count
+        if self.setting is True:
+            return [Keep.INPUT] * count
+        can_offload = device.type == "cuda"
+        floor = Keep.OFFLOADED_INPUT if can_offload else Keep.INPUT
+        if self.setting == "offload":
+            # The last layer's input is wanted back at once.
+            return [floor] * (count - 1) + [Keep.INPUT]
+        sizes = LayerBytes.of(layer, dtype)
+        free = free_bytes(device)
+        budget = free - _MARGIN * free - _MARGIN_BYTES - self.reserved_bytes - sizes.transient(tokens)
+        kept = max(0, min(count, int((budget - count * sizes.layer_input * tokens) // max(1, sizes.stash * tokens))))
+        recomputed = count - kept
+        on_device = recomputed
+        if kept == 0:
+            on_device = max(1, min(count, int(budget // max(1, sizes.layer_input * tokens))))
+        plan = [floor] * (recomputed - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
+        self._tell(plan, tokens, sizes, free)
+        return plan
+
+    def _tell(self, plan: list[Keep], tokens: int, sizes: LayerBytes, free: int) -> None:
+        counts = {keep: plan.count(keep) for keep in Keep}
+        held = tokens * (
+            counts[Keep.ALL] * sizes.stash + (len(plan) - counts[Keep.OFFLOADED_INPUT]) * sizes.layer_input
+        )
+        parts = ", ".join(f"{counts[keep]} {keep.value}" for keep in Keep if counts[keep])
+        share = f"about {held / GIB:.1f} of {free / GIB:.1f} GiB free"
+        line = f"fastllm: activations of up to {tokens:,} tokens: {parts} ({share})"
+        if parts not in self._told:
+            notice(line)
+        self._told = line
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Bytes a token that a layer holds (`stash` beside its input when it keeps all, `layer_input` always), and what
+    its backward needs at most for a moment."""
+
+    stash: int
+    layer_input: int
+    backward: int
+    weights: int
+
+    @classmethod
+    def of(cls, layer: DecoderLayer, dtype: torch.dtype) -> LayerBytes:
+        size = dtype.itemsize
+        width, inner = layer.down.out_features, layer.down.in_features
+        qkv, attended = layer.qkv.out_features, layer.output.in_features
+        extensions = sum(group.extension for group in layer.groups())
+        raw = qkv if layer.query_norm is not None else 0
+        stash = size * (qkv + raw + attended + width + 2 * inner + extensions) + 4 * (attended // layer.head_dim + 4)
+        backward = size * (5 * inner + 6 * width + 2 * qkv + attended)
+        largest = max(group.out_features * (group.in_features + group.extension) for group in layer.groups())
+        total = sum(group.out_features * (group.in_features + group.extension) for group in layer.groups())
+        return cls(stash, size * width, backward, size * (total + largest))
+
+    def transient(self, tokens: int) -> int:
+        """The most that is alive at once besides what the layers keep: a layer's backward, or the head's chunks."""
+        head = tokens * 2 * self.layer_input + 3 * 2**28
+        return max(tokens * self.backward + self.weights, head)
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    host: torch.Tensor
+    copied: torch.cuda.Event
+    previous: _Slot | None
+    device: torch.Tensor | None = None
+    loaded: torch.cuda.Event | None = None
+
+
+@dataclass(eq=False)
+class HostOffload:
+    """Layer inputs in pinned host memory: out on a side stream while the layers run, back one layer ahead of need."""
+
+    _last: _Slot | None = None
+    _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict) -> HostOffload:
+        return HostOffload()  # streams and slots belong to one model's present step
+
+    def begin(self) -> None:
+        self._last = None
+
+    def put(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start the copy of x to the host. Returns the function that gives it back, on x's device."""
+        device = x.device
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            host.copy_(x, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        x.record_stream(stream)
+        slot = self._last = _Slot(host, copied, self._last)
+
+        def fetch() -> torch.Tensor:
+            self._load(slot, device, stream)
+            if slot.previous is not None:
+                self._load(slot.previous, device, stream)
+            current = torch.cuda.current_stream(device)
+            assert slot.device is not None and slot.loaded is not None
+            current.wait_event(slot.loaded)
+            value, slot.device = slot.device, None
+            value.record_stream(current)
+            return value
+
+        return fetch
+
+    @staticmethod
+    def _load(slot: _Slot, device: torch.device, stream: torch.cuda.Stream) -> None:
+        if slot.loaded is not None:
+            return
+        with torch.cuda.stream(stream):
+            slot.device = torch.empty(slot.host.shape, dtype=slot.host.dtype, device=device)
+            slot.device.copy_(slot.host, non_blocking=True)
+            slot.loaded = torch.cuda.Event()
+            slot.loaded.record(stream)

@@ -1,0 +1,134 @@
+"""The planner keeps what fits, never plans past what is free, and never changes a result."""
+
+import pytest
+import torch
+
+from fastllm._errors import ArgumentError
+from fastllm.kernels.decoder_layer import Keep
+from fastllm.models import memory
+from fastllm.models.blocks import fused_layer
+from fastllm.models.memory import GIB, ActivationPlanner, HostOffload, LayerBytes, checkpointing_setting
+from fastllm.models.model_methods import PLANNER
+
+from .families import FAMILIES, batch, build, fast_copy, step, with_lora
+
+
+@pytest.fixture
+def layer():
+    return fused_layer(with_lora(fast_copy(build(FAMILIES["llama"]))).get_base_model().model.layers[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("unsloth", "fastllm"),
+        ("fastllm", "fastllm"),
+        ("offload", "offload"),
+        (True, True),
+        ("True", True),
+        (False, False),
+    ],
+)
+def test_settings(value, expected):
+    assert checkpointing_setting(value) is expected or checkpointing_setting(value) == expected
+
+
+@pytest.mark.parametrize("value", ["smart", None, 3])
+def test_unknown_settings_raise(value):
+    with pytest.raises(ArgumentError, match="offload"):
+        checkpointing_setting(value)
+
+
+def plan(monkeypatch, layer, free, *, tokens=4096, layers=32, device="cuda", reserved=0):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    planner = ActivationPlanner(layers, "fastllm")
+    planner.reserved_bytes = reserved
+    return planner._make_plan(layer, tokens, torch.device(device), torch.bfloat16)
+
+
+@pytest.mark.parametrize("free", [0, GIB // 4, GIB, 2 * GIB, 8 * GIB, 64 * GIB])
+def test_a_plan_fits_the_free_memory(monkeypatch, layer, free):
+    sizes = LayerBytes.of(layer, torch.bfloat16)
+    tokens = 65536
+    made = plan(monkeypatch, layer, free, tokens=tokens)
+    held = tokens * sum(
+        {Keep.ALL: sizes.stash + sizes.layer_input, Keep.INPUT: sizes.layer_input, Keep.OFFLOADED_INPUT: 0}[k]
+        for k in made
+    )
+    floor = tokens * sizes.layer_input  # the last layer's input is always on the device
+    assert len(made) == 32 and held + sizes.transient(tokens) <= max(free, floor + sizes.transient(tokens))
+    order = [Keep.OFFLOADED_INPUT, Keep.INPUT, Keep.ALL]
+    assert [order.index(k) for k in made] == sorted(order.index(k) for k in made), "what is kept is freed first"
+
+
+def test_more_memory_keeps_more(monkeypatch, layer):
+    kept = [plan(monkeypatch, layer, free * GIB, tokens=65536).count(Keep.ALL) for free in (1, 2, 4, 8, 64)]
+    assert kept == sorted(kept) and kept[0] < kept[-1] == 32
+    assert plan(monkeypatch, layer, 64 * GIB, tokens=65536, reserved=62 * GIB).count(Keep.ALL) < 32
+
+
+def test_a_cpu_never_offloads(monkeypatch, layer):
+    assert Keep.OFFLOADED_INPUT not in plan(monkeypatch, layer, 0, device="cpu")
+
+
+def test_the_estimate_of_what_a_layer_keeps_is_what_it_keeps():
+    """Bytes that autograd's graph of one layer holds, against the planner's arithmetic."""
+    config = FAMILIES["llama"]
+    fast = with_lora(fast_copy(build(config)))
+    decoder = fast.get_base_model().model
+    x = torch.randn(2, 40, config.hidden_size)
+    rope = decoder.rotary_emb(x, torch.arange(40)[None])
+    fused = fused_layer(decoder.layers[0])
+    out = decoder.layers[0](x, position_embeddings=rope)
+    state = out.grad_fn.kept
+    held = sum(
+        value.numel() * value.element_size()
+        for name in state.__slots__
+        if isinstance(value := getattr(state, name), torch.Tensor) and name != "x"
+    )
+    held += state.attention.out.numel() * 4
+    sizes = LayerBytes.of(fused, torch.float32)
+    assert 0.85 * held <= sizes.stash * 80 <= 1.25 * held
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_plan_gives_the_same_bits(family, device):
+    fast = with_lora(fast_copy(build(FAMILIES[family], device=device)))
+    inputs = batch(FAMILIES[family], device=device)
+    planner = getattr(fast.get_base_model(), PLANNER)
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for setting in (False, True, "offload", "fastllm"):
+            planner.use(setting)
+            results.append(step(fast, inputs))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in results[1:]:
+        assert other.loss == results[0].loss
+        for name, grad in results[0].grads.items():
+            assert torch.equal(grad, other.grads[name]), name
+
+
+def test_the_plan_is_told_once_and_again_for_longer_batches(layer, messages):
+    planner = ActivationPlanner(2, "fastllm")
+    for length in (64, 64, 2048, 64, 2048):
+        x = torch.empty(1, length, 128)
+        for index in range(2):
+            planner.keep(index, x, layer)
+    assert messages().count("activations of up to") == 1  # both plans keep everything: one line
+    assert len(planner._plans) == 2 and "2,048" in planner.describe()
+
+
+@pytest.mark.gpu
+def test_offloaded_inputs_come_back_equal():
+    offload = HostOffload()
+    offload.begin()
+    inputs = [torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
+    expected = [x.clone() for x in inputs]
+    fetchers = []
+    while inputs:
+        fetchers.append(offload.put(inputs.pop(0)))
+        torch.randn(512, 1024, device="cuda")  # would reuse memory that is freed too early
+    for fetch, x in zip(reversed(fetchers), reversed(expected), strict=True):
+        assert torch.equal(fetch(), x)
