@@ -1,0 +1,75 @@
+# %% [markdown]
+# # Train on wanted and unwanted answers
+#
+# Rows of `prompt`, `completion` and `label`, trained with TRL's `KTOTrainer`.
+#
+# Run it as a script or as the notebook beside it. `FASTLLM_EXAMPLE_MODEL` names another model, a folder included.
+
+# %%
+import os
+
+from trl import KTOConfig, KTOTrainer
+
+from fastllm import FastLanguageModel
+from fastllm.chat_templates import get_chat_template
+from fastllm.data import load_chat_data, token_policy
+
+MODEL = os.environ.get("FASTLLM_EXAMPLE_MODEL", "Qwen/Qwen2.5-0.5B-Instruct")
+
+# %% [markdown]
+# ## The model
+#
+# An instruct model brings its chat template; a base model gets one.
+
+# %%
+model, tokenizer = FastLanguageModel.from_pretrained(MODEL, max_seq_length=1024, load_in_4bit=False)
+if not tokenizer.chat_template:
+    tokenizer = get_chat_template(tokenizer, "chatml")
+model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
+print(token_policy(tokenizer))
+
+# %% [markdown]
+# ## The data
+#
+# Labels are True for wanted and False for unwanted; 1 and 0 are read as such.
+
+
+# %%
+def answer(country, text, wanted):
+    return {
+        "prompt": [{"role": "user", "content": f"What is the capital of {country}?"}],
+        "completion": [{"role": "assistant", "content": text}],
+        "label": wanted,
+    }
+
+
+rows = [
+    answer("France", "Paris", True),
+    answer("France", "I don't know.", False),
+    answer("Italy", "Rome", True),
+    answer("Italy", "Milan, I guess.", False),
+]
+dataset = load_chat_data(rows)
+
+# %% [markdown]
+# ## Training
+#
+# An unmodified `trl.KTOTrainer`.
+
+# %%
+config = KTOConfig(
+    output_dir="outputs", max_steps=3, per_device_train_batch_size=2, learning_rate=5e-6, report_to="none",
+    save_strategy="no",
+)  # fmt: skip
+trainer = KTOTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
+trainer.train()
+
+# %% [markdown]
+# ## The result
+
+# %%
+FastLanguageModel.for_inference(model)
+question = [{"role": "user", "content": "What is the capital of France?"}]
+inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs.to(model.device), max_new_tokens=20)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
