@@ -1,0 +1,69 @@
+"""What a tensor's quantization costs the model, estimated before anything is written.
+
+For small changes dW the divergence of the predictions grows by one half of E[(g^T dW x)^2], with x the input and g the
+gradient of the log-likelihood at the output, labels drawn from the model itself (that is, the Fisher information). With
+the diagonal of E[x x^T] and E[g g^T] alone that is  1/2 sum_ij E[g_i^2] E[x_j^2] dW_ij^2,  in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .quantizers import quantizer_of
+from .recipes import fitting_type
+from .tensor_types import TensorType
+
+_SAMPLED_ROWS = 512
+
+
+def expected_divergences(
+    weight: torch.Tensor,
+    kinds: Iterable[TensorType],
+    *,
+    importance: torch.Tensor | None = None,
+    output_importance: torch.Tensor | None = None,
+    sampled_rows: int = _SAMPLED_ROWS,
+) -> dict[str, float]:
+    """The expected divergence, by type name, of quantizing `weight` [out, in] or [experts, out, in] to each of `kinds`.
+
+    `importance` is E[x^2], [in] or [experts, in]; `output_importance` E[g^2], [out] or [experts, out]; absent ones
+    count as 1, which makes the result comparable between the types of one tensor only. Rows are sampled evenly.
+    """
+    matrices = weight.unbind(0) if weight.dim() == 3 else [weight]
+    kinds = list(kinds)
+    totals = {kind.name: 0.0 for kind in kinds}
+    for i, matrix in enumerate(matrices):
+        columns = _of_expert(importance, i, weight.dim())
+        rows = _of_expert(output_importance, i, weight.dim())
+        for name, divergence in _of_matrix(matrix, kinds, columns, rows, sampled_rows // len(matrices) or 1).items():
+            totals[name] += divergence
+    return totals
+
+
+def _of_expert(moments: torch.Tensor | None, i: int, weight_dim: int) -> torch.Tensor | None:
+    return moments[i] if moments is not None and weight_dim == 3 and moments.dim() == 2 else moments
+
+
+def _of_matrix(
+    matrix: torch.Tensor,
+    kinds: Sequence[TensorType],
+    columns: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    sampled_rows: int,
+) -> dict[str, float]:
+    num_rows = matrix.shape[0]
+    step = max(1, num_rows // sampled_rows)
+    sample = matrix[::step].float()
+    row_weight = torch.ones(num_rows, device=sample.device) if rows is None else rows.to(sample.device).float()
+    column_weight = torch.ones_like(sample[0]) if columns is None else columns.to(sample.device).float()
+    # Rows differ in importance: scale by the importance that was sampled, not by the number of rows.
+    sampled_weight = row_weight[::step]
+    scale = float(row_weight.sum() / sampled_weight.sum().clamp_min(1e-30))
+    divergences = {}
+    for kind in kinds:
+        quantizer = quantizer_of(fitting_type(kind, matrix.shape[1]))
+        change = quantizer.decode(quantizer.encode(sample, columns)).sub_(sample).square_()
+        divergences[kind.name] = 0.5 * scale * float(sampled_weight @ (change @ column_weight))
+    return divergences
