@@ -208,11 +208,14 @@ def _base_config(model: Any) -> Path | None:
     name = getattr(model, "name_or_path", "") or ""
     if not name:
         return None
-    found = cached_file(
-        name, "config.json", revision=getattr(model.config, "_commit_hash", None), local_files_only=True,
-        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    try:
+        found = cached_file(
+            name, "config.json", revision=getattr(model.config, "_commit_hash", None), local_files_only=True,
+            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except OSError:  # a folder that is not there any more, which is no repository's name either
+        return None
     return None if found is None else Path(found)
 
 
