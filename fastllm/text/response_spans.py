@@ -121,6 +121,8 @@ class ResponseFinder:
         stopped = self.renderer.render_prepared(asked)
         generation_prompt = prompt[len(stopped) :] if prompt.startswith(stopped) else ""
         self.between = header = text[runs[0].last : runs[1].first]
+        if "one" not in stopped:
+            raise TemplateError("the chat template does not show a question without its answer")
         question_end = stopped[stopped.rindex("one") + 3 :]
         header = header.removeprefix(question_end)
         self.opening = _common_start(generation_prompt, header) if generation_prompt else header.rstrip()

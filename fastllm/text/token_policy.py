@@ -1,4 +1,4 @@
-"""Which tokens open, end and fill rows.
+"""Which tokens open, end and fill rows: one policy for loading, data and generation.
 
 BOS comes from exactly one place, every token that ends a turn stops generation and is trained, and the token that fills
 a batch is none of them: a model trained with PAD = EOS never learns to stop where trainers mask PAD by its id.
@@ -6,37 +6,29 @@ a batch is none of them: a model trained with PAD = EOS never learns to stop whe
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .._errors import TokenizerError
+from .._errors import DataError, TokenizerError
 from .._notices import notice, warn
 from .encoding import IGNORED, EncodedRow, RowEncoder
 from .rendering import ChatRenderer, tokenizer_of
 from .response_spans import ResponseFinder
-from .sandbox import TemplateError
 
-_PAD_NAMES = (
-    "<|finetune_right_pad_id|>",
-    "<|vision_pad|>",
-    "<fim_pad>",
-    "<pad>",
-    "[PAD]",
-    "<|pad|>",
-    "<PAD>",
-    "<|PAD|>",
-    "<unk>",
-)
-_RESERVED = (
-    "<|reserved_special_token_",
-    "<|reserved",
-    "<unused",
-    "<|extra_",
-    "[PAD",
-    "<|dummy",
-    "<|placeholder",
-    "<SPECIAL_",
+ADDED_PAD = "<|pad|>"
+OWN = "the tokenizer's own"
+# tokens that vocabularies set aside, best first
+_SPARE_TOKENS = (
+    r"<\|finetune_right_pad_id\|>",
+    r"<pad>|\[PAD\]|<\|pad\|>|<\|endofpad\|>",
+    r"<\|vision_pad\|>|<\|fim_pad\|>|<fim_pad>",  # of text models; image and video pads stand for pixels
+    r"<\|reserved_(special_)?token_\d+\|>|<\|reserved_\d+\|>|<unused_?\d+>|\[control_\d+\]|<SPECIAL_\d+>"
+    r"|<extra_id_\d+>|<\|extra_\d+\|>|\[PAD\d+\]|<\|dummy_\d+\|>|<\|placeholder\d*\|>",
+    r"<\|endoftext\|>",
+    r"<unk>|\[UNK\]|<\|unk\|>",
 )
 
 
@@ -45,21 +37,26 @@ class TokenPolicy:
     """The tokens of one tokenizer and its chat template.
 
     `bos_from` is `"template"`, `"tokenizer"` (which puts it before plain text only) or `"nowhere"`. `stop_ids` end a
-    text: EOS, what the generation config names, and the end of turn of the template. `problems` says what is wrong.
+    text: EOS, what the generation config names, and the end of turn of the template. `pad_origin` says where PAD comes
+    from, and why where it was replaced. `problems` says what is wrong.
     """
 
     bos_id: int | None
+    bos_token: str | None
     bos_from: str
     stop_ids: tuple[int, ...]
     stop_tokens: tuple[str, ...]
     pad_id: int | None
     pad_token: str | None
+    pad_origin: str
     problems: tuple[str, ...]
 
     def __str__(self) -> str:
-        bos = "no BOS" if self.bos_from == "nowhere" else f"BOS from the {self.bos_from}"
-        lines = [bos, f"stop: {', '.join(self.stop_tokens)}", f"pad: {self.pad_token}"]
-        return "tokens: " + "; ".join(lines + [f"problem: {problem}" for problem in self.problems])
+        source = "not added" if self.bos_from == "nowhere" else f"from the {self.bos_from}"
+        bos = "none" if self.bos_token is None else f"{self.bos_token!r} ({source})"
+        pad = "none" if self.pad_token is None else f"{self.pad_token!r} ({self.pad_origin})"
+        facts = [f"bos {bos}", f"stops at {', '.join(map(repr, self.stop_tokens))}", f"pad {pad}"]
+        return "tokens: " + "; ".join(facts + [f"problem: {problem}" for problem in self.problems])
 
 
 def token_policy(tokenizer: Any, generation_config: Any = None, *, mend: bool = True) -> TokenPolicy:
@@ -68,19 +65,38 @@ def token_policy(tokenizer: Any, generation_config: Any = None, *, mend: bool = 
     With `mend`, a PAD token that is missing or stops generation is replaced by an unused token of the vocabulary, which
     is told. Errors: `TokenizerError` where there is no EOS token, or no token to pad with.
     """
+    policy = settled_policy(tokenizer, generation_config, mend=mend)
+    if policy.pad_token is not None and policy.pad_origin != OWN:
+        notice(f"fastllm: {policy.pad_token!r} pads batches from now on: {policy.pad_origin}")
+    for problem in policy.problems:
+        warn(problem)
+    return policy
+
+
+def settled_policy(tokenizer: Any, generation_config: Any = None, *, mend: bool, may_add: bool = False) -> TokenPolicy:
+    """`token_policy` without a word. With `may_add`, a vocabulary that has no token to pad with gets a new one, for
+    which the caller makes room in the model."""
     core = tokenizer_of(tokenizer)
-    if core.eos_token_id is None:
-        raise TokenizerError("there is no EOS token", where=core.name_or_path, fix='tokenizer.eos_token = "..."')
     problems: list[str] = []
     finder = _finder(tokenizer, problems)
     stops = _stop_ids(core, generation_config, finder)
-    pad = _pad_id(core, stops, mend, problems)
+    pad_origin = OWN
+    if core.pad_token_id is None or core.pad_token_id in stops:
+        reason = "there was none" if core.pad_token_id is None else f"{core.pad_token!r} ends answers"
+        if mend:
+            pad_origin = f"{_give_pad(core, stops, may_add)}, since {reason}"
+        else:
+            problems.append(
+                "there is no PAD token" if core.pad_token_id is None else f"PAD {reason}, so is not trained"
+            )
     bos_from = _bos_source(core, finder, problems)
     if finder is not None:
         _check_turn_ends(tokenizer, stops, problems)
     names = tuple(core.convert_ids_to_tokens(list(stops)))
-    pad_token = None if pad is None else core.convert_ids_to_tokens(pad)
-    return TokenPolicy(core.bos_token_id, bos_from, stops, names, pad, pad_token, tuple(problems))
+    return TokenPolicy(
+        bos_id=core.bos_token_id, bos_token=core.bos_token, bos_from=bos_from, stop_ids=stops, stop_tokens=names,
+        pad_id=core.pad_token_id, pad_token=core.pad_token, pad_origin=pad_origin, problems=tuple(problems),
+    )  # fmt: skip
 
 
 def _finder(tokenizer: Any, problems: list[str]) -> ResponseFinder | None:
@@ -88,7 +104,7 @@ def _finder(tokenizer: Any, problems: list[str]) -> ResponseFinder | None:
         return ResponseFinder(ChatRenderer(tokenizer))
     except TokenizerError:
         return None
-    except TemplateError as error:
+    except DataError as error:
         problems.append(error.cause)
         return None
 
@@ -97,40 +113,43 @@ def _stop_ids(core: Any, generation_config: Any, finder: ResponseFinder | None) 
     configured = getattr(generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, (list, tuple)) else [configured]
     ends = [core.eos_token_id, *configured]
+    if ends == [None] * len(ends):
+        raise TokenizerError(
+            "there is no EOS token: neither the tokenizer nor the model's generation config names one",
+            where=core.name_or_path or type(core).__name__,
+            fix='set tokenizer.eos_token = "..." and save the tokenizer again',
+        )
     for text in (finder.ending.strip(), finder.last_ending.strip()) if finder else ():
         ids = core(text, add_special_tokens=False)["input_ids"] if text else []
         ends += ids if len(ids) == 1 else []
     return tuple(dict.fromkeys(number for number in ends if number is not None))
 
 
-def _pad_id(core: Any, stops: tuple[int, ...], mend: bool, problems: list[str]) -> int | None:
-    pad = core.pad_token_id
-    if pad is not None and pad not in stops:
-        return pad
-    reason = "there is no PAD token" if pad is None else f"PAD {core.pad_token!r} also stops generation"
-    if not mend:
-        problems.append(reason)
-        return pad
+def _give_pad(core: Any, stops: tuple[int, ...], may_add: bool) -> str:
+    """Make an unused token the PAD; says where it comes from."""
     spare = spare_token(core, stops)
-    if spare is None:
+    if spare is not None:
+        core.pad_token = spare
+        return "a spare token of its vocabulary"
+    if not may_add:
         raise TokenizerError(
-            f"{reason}, and the vocabulary has no unused token", where=core.name_or_path,
-            fix='tokenizer.add_special_tokens({"pad_token": "<|pad|>"}); model.resize_token_embeddings(len(tokenizer))',
-        )  # fmt: skip
-    core.pad_token = spare
-    notice(f"fastllm: {reason}; {spare!r} pads batches from now on")
-    return core.pad_token_id
+            "no token can pad batches: each one of the vocabulary ends answers or stands in texts",
+            where=core.name_or_path or type(core).__name__,
+            fix=f'tokenizer.add_special_tokens({{"pad_token": "{ADDED_PAD}"}}); '
+            "model.resize_token_embeddings(len(tokenizer))",
+        )
+    core.add_special_tokens({"pad_token": ADDED_PAD})
+    return "added to its vocabulary"
 
 
-def spare_token(tokenizer: Any, used: tuple[int, ...]) -> str | None:
+def spare_token(tokenizer: Any, used: Collection[int]) -> str | None:
     """A token of the vocabulary that no text contains: one made for padding, else a reserved one."""
     added = {str(token): number for number, token in sorted(tokenizer.added_tokens_decoder.items())}
-    if tokenizer.unk_token is not None:
-        added.setdefault(tokenizer.unk_token, tokenizer.unk_token_id)
-    free = [name for name, number in added.items() if number not in {tokenizer.bos_token_id, *used}]
-    named = [name for name in _PAD_NAMES if name in free]
-    reserved = [name for name in free if name.startswith(_RESERVED)]
-    return next(iter(named + reserved), None)
+    special = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+    taken = {tokenizer.bos_token_id, *used}
+    free = [token for token, number in {**added, **special}.items() if number not in taken]
+    matching = (token for names in _SPARE_TOKENS for token in free if re.fullmatch(names, token, re.IGNORECASE))
+    return next(matching, None)
 
 
 def _bos_source(core: Any, finder: ResponseFinder | None, problems: list[str]) -> str:
@@ -151,7 +170,10 @@ def _bos_source(core: Any, finder: ResponseFinder | None, problems: list[str]) -
 def _check_turn_ends(tokenizer: Any, stops: tuple[int, ...], problems: list[str]) -> None:
     """The last trained token of each turn must be one that stops generation."""
     turn = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    row = RowEncoder(tokenizer).encode([{"messages": [*turn, *turn]}])[0]
+    try:
+        row = RowEncoder(tokenizer).encode([{"messages": [*turn, *turn]}])[0]
+    except TokenizerError as error:
+        row = error
     if not isinstance(row, EncodedRow):
         problems.append(row.cause)
         return
@@ -159,5 +181,7 @@ def _check_turn_ends(tokenizer: Any, stops: tuple[int, ...], problems: list[str]
     ends = [one for one, after in pairwise(labels) if one != IGNORED and after == IGNORED]
     if not ends or any(end not in stops for end in ends):
         last = tokenizer_of(tokenizer).convert_ids_to_tokens(ends)
-        problems.append(f"an answer ends with {last[-1] if last else 'nothing'!r}, which does not stop generation")
-        warn(f"{problems[-1]}: the model will not learn to stop")
+        problems.append(
+            f"an answer ends with {last[-1] if last else 'nothing'!r}, which does not stop generation: the model will "
+            "not learn to stop"
+        )

@@ -40,7 +40,7 @@ def test_the_script_trains(script: Path, small_model: Path, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path(str(script), run_name="__main__")
     assert names["trainer"].state.global_step == names["config"].max_steps
-    assert "stop:" in capsys.readouterr().out
+    assert "stops at" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -58,9 +58,9 @@ def test_a_pad_token_that_stops_is_replaced_and_told(toy, caplog):
     with caplog.at_level("INFO", "fastllm"):
         policy = token_policy(toy)
     assert toy.pad_token == policy.pad_token == "<pad>"
-    assert "PAD '<|im_end|>' also stops generation" in caplog.text
+    assert "'<pad>' pads batches from now on" in caplog.text and "since '<|im_end|>' ends answers" in caplog.text
     toy.pad_token = toy.eos_token
-    assert "also stops generation" in token_policy(toy, mend=False).problems[0]
+    assert "PAD '<|im_end|>' ends answers" in token_policy(toy, mend=False).problems[0]
     assert toy.pad_token == toy.eos_token
 
 
@@ -108,3 +108,51 @@ def test_generation_stops_at_a_stop_word(toy):
     assert criteria(torch.tensor([[toy.bos_token_id]]), torch.zeros(1, 1)).tolist() == [False]
     with pytest.raises(ValueError, match="no tokens"):
         create_stopping_criteria(toy, "")
+
+
+@pytest.fixture
+def full_vocabulary():
+    """A tokenizer without any token to pad with, and a model with exactly a row for each of its tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate("abcdefgh")} | {"</s>": 8}, []))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=9, num_key_value_heads=1, bos_token_id=None, eos_token_id=8, **shape)
+    return tokenizer, LlamaForCausalLM(config)
+
+
+def test_a_model_without_a_row_to_spare_grows_for_its_pad_token(full_vocabulary, caplog):
+    from fastllm.models.tokenizer import settle_tokens
+
+    tokenizer, model = full_vocabulary
+    with caplog.at_level("INFO", "fastllm"):
+        policy = settle_tokens(tokenizer, model, repair=True)
+    assert policy.pad_token == "<|pad|>" and "added to its vocabulary, since there was none" in caplog.text
+    assert model.get_input_embeddings().weight.shape[0] == 64 and "grew from 9 to 64 rows" in caplog.text
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == policy.pad_id == 9
+    assert settle_tokens(tokenizer, model, repair=True).pad_origin == "the tokenizer's own"
+    assert model.get_input_embeddings().weight.shape[0] == 64
+
+
+def test_without_repair_the_problem_is_told_and_nothing_changes(full_vocabulary):
+    from fastllm.models.tokenizer import settle_tokens
+
+    tokenizer, model = full_vocabulary
+    assert "there is no PAD token" in str(settle_tokens(tokenizer, model, repair=False))
+    assert tokenizer.pad_token is None and model.get_input_embeddings().weight.shape[0] == 9
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ raise_exception('never') }}", "refuses this conversation: never"),
+        ("{% for m in messages %}", "can't be compiled"),
+        ("{{ 'fixed' }}", "does not show the messages"),
+    ],
+)
+def test_a_broken_template_is_a_problem_of_the_policy_not_an_error_of_loading(toy, template, problem):
+    toy.chat_template = template
+    assert any(problem in told for told in token_policy(toy).problems)
