@@ -9,7 +9,7 @@ from .._errors import ArgumentError, UnsupportedError, reject_unknown
 from .._notices import notice
 from . import modes
 from .adapters import AdapterRequest, add_adapter
-from .loader import LoadRequest, load, parse_dtype
+from .loader import DefaultLength, LoadRequest, load, parse_dtype
 from .trl_shim import install_trl_shim
 
 # Options of transformers' from_pretrained that pass through to every download.
@@ -24,6 +24,7 @@ _HUB_OPTIONS = (
     "proxies",
 )
 _LOAD_OPTIONS = ("quantization_config", "attn_implementation", "config", "tokenizer_name", "torch_dtype")
+_DEFAULT_LENGTH = DefaultLength(2048)
 _HEAD_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 # Arguments of features that are not here yet: name -> (value that asks for nothing, what it would do).
 _LATER = {
@@ -43,7 +44,7 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str = "unsloth/Llama-3.2-1B-Instruct",
-        max_seq_length: int | None = 2048,
+        max_seq_length: int | None = _DEFAULT_LENGTH,
         dtype: Any = None,
         load_in_4bit: bool = True,
         load_in_8bit: bool = False,
@@ -79,8 +80,8 @@ class FastLanguageModel:
         Args:
             model_name: a folder, a hub repository, or a folder or repository that holds a PEFT adapter. It is loaded
                 exactly as named (`use_exact_model_name` is always on).
-            max_seq_length: context length in tokens, the checkpoint's own for None. Past the native length RoPE is
-                scaled, and it is said.
+            max_seq_length: context length in tokens; the checkpoint's own for None, and where that is shorter than the
+                default. A length past the native one scales RoPE, and it is said.
             dtype: None for the machine's choice (bf16, fp16 where bf16 is not native, fp32 on a CPU), a torch dtype or
                 its name.
             load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning: how the base is held. Each of the last three

@@ -24,6 +24,10 @@ from .tokenizer import load_tokenizer, settle_tokens
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
+class DefaultLength(int):
+    """A context length that nobody asked for: it gives way to a checkpoint whose own is shorter."""
+
+
 @dataclass(frozen=True)
 class LoadRequest:
     """The arguments of `from_pretrained`, checked for contradictions. `hub` holds what goes to each hub download."""
@@ -160,6 +164,8 @@ def extend_context(config: Any, request: LoadRequest) -> int:
     text = config.get_text_config()
     native = getattr(text, "max_position_embeddings", None)
     wanted = request.max_seq_length or native or 2048
+    if native is not None and isinstance(wanted, DefaultLength):
+        wanted = min(wanted, native)
     if request.rope_scaling is not None:
         scaling = dict(request.rope_scaling)
         scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "linear"))

@@ -170,58 +170,73 @@ class LayerBytes:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
+    """One layer input on its way: `arrived` is set, with `value` on the device, once its way back has started."""
+
     host: torch.Tensor
-    copied: torch.cuda.Event
+    device: torch.device
+    stream: torch.cuda.Stream
     previous: _Slot | None
-    device: torch.Tensor | None = None
-    loaded: torch.cuda.Event | None = None
+    value: torch.Tensor | None = None
+    arrived: torch.cuda.Event | None = None
 
 
 @dataclass(eq=False)
 class HostOffload:
-    """Layer inputs in pinned host memory: out on a side stream while the layers run, back one layer ahead of need."""
+    """Layer inputs in pinned host memory: out on a side stream while the layers run, back one layer ahead of need.
+
+    Device memory is taken and given back on the compute stream alone, which waits for the copies, so that it is free
+    again in stream order: memory that a side stream is recorded on piles up while the host runs ahead.
+    """
 
     _last: _Slot | None = None
+    _leaving: tuple[torch.Tensor, torch.cuda.Event] | None = None
     _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> HostOffload:
         return HostOffload()  # streams and slots belong to one model's present step
 
     def begin(self) -> None:
-        self._last = None
+        self._last = self._leaving = None
 
     def put(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start the copy of x to the host. Returns the function that gives it back, on x's device."""
-        device = x.device
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream = self._streams.setdefault(x.device, torch.cuda.Stream(x.device))
+        self._let_go()
+        stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             host.copy_(x, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(stream)
-        x.record_stream(stream)
-        slot = self._last = _Slot(host, copied, self._last)
+        self._leaving = (x, copied)
+        slot = self._last = _Slot(host, x.device, stream, self._last)
 
         def fetch() -> torch.Tensor:
-            self._load(slot, device, stream)
+            self._let_go()
+            self._bring_back(slot)
             if slot.previous is not None:
-                self._load(slot.previous, device, stream)
-            current = torch.cuda.current_stream(device)
-            assert slot.device is not None and slot.loaded is not None
-            current.wait_event(slot.loaded)
-            value, slot.device = slot.device, None
-            value.record_stream(current)
+                self._bring_back(slot.previous)
+            assert slot.value is not None and slot.arrived is not None
+            torch.cuda.current_stream(slot.device).wait_event(slot.arrived)
+            value, slot.value = slot.value, None
             return value
 
         return fetch
 
+    def _let_go(self) -> None:
+        """Drop the tensor whose copy was started last, now that the next one is there."""
+        if self._leaving is not None:
+            x, copied = self._leaving
+            torch.cuda.current_stream(x.device).wait_event(copied)
+            self._leaving = None
+
     @staticmethod
-    def _load(slot: _Slot, device: torch.device, stream: torch.cuda.Stream) -> None:
-        if slot.loaded is not None:
+    def _bring_back(slot: _Slot) -> None:
+        if slot.arrived is not None:
             return
-        with torch.cuda.stream(stream):
-            slot.device = torch.empty(slot.host.shape, dtype=slot.host.dtype, device=device)
-            slot.device.copy_(slot.host, non_blocking=True)
-            slot.loaded = torch.cuda.Event()
-            slot.loaded.record(stream)
+        slot.value = torch.empty(slot.host.shape, dtype=slot.host.dtype, device=slot.device)
+        slot.stream.wait_stream(torch.cuda.current_stream(slot.device))
+        with torch.cuda.stream(slot.stream):
+            slot.value.copy_(slot.host, non_blocking=True)
+            slot.arrived = torch.cuda.Event()
+            slot.arrived.record(slot.stream)

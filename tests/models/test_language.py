@@ -199,6 +199,12 @@ def test_rope_is_scaled_past_the_native_length(checkpoint, messages):
     assert everything.max_seq_length == tokenizer.model_max_length == 128
 
 
+def test_the_default_length_gives_way_to_a_shorter_native_one(checkpoint, messages):
+    model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, load_in_4bit=False)
+    assert model.max_seq_length == tokenizer.model_max_length == model.config.max_position_embeddings < 2048
+    assert "past the native" not in messages()
+
+
 def test_dtype_is_the_machine_s(checkpoint, messages):
     from fastllm._device import Device
 
