@@ -219,7 +219,7 @@ def probe_ids(model: Any, tokenizer: Any) -> torch.Tensor:
     """Token ids [1, tokens]: a short text of several kinds, or fixed random ids where there is no tokenizer."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     text = getattr(tokenizer, "tokenizer", tokenizer)
-    encoded = [] if text is None else text(_PROBE_TEXT, truncation=True, max_length=_PROBE_TOKENS)["input_ids"]
+    encoded = [] if text is None else text(_PROBE_TEXT, verbose=False)["input_ids"]
     ids = [i for i in encoded if i < vocabulary]
     generator = torch.Generator().manual_seed(0)
     filler = torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator).tolist()

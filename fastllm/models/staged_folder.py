@@ -24,6 +24,7 @@ from ..gguf.atomic import SaveError
 from .checkpoints import INDEX_FILE, SINGLE_FILE, read_weight_map
 
 _STAGING = ".fastllm.partial"
+_SHARDS = "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
 # What makes a folder loadable, in the order in which they are put in place.
 _LAST = (INDEX_FILE, "adapter_config.json", "config.json")
 
@@ -106,15 +107,18 @@ def _publish(staging: Path, target: Path) -> None:
 
 
 def _retire_model(target: Path, keep: set[str]) -> None:
-    """Make an older model unloadable, and remove those of its weights that the new one does not overwrite."""
-    old = {SINGLE_FILE, INDEX_FILE}
+    """Make an older model unloadable, and remove those of its weights that the new one does not overwrite.
+
+    The index, which says what those are, goes last, so that the next run can end what a process that died has begun.
+    """
+    (target / "config.json").unlink(missing_ok=True)
+    sync_folder(target)
+    old = {SINGLE_FILE, *(path.name for path in target.glob(_SHARDS))}
     with suppress(ModelError):  # no index, or one of a stranger: then its files are not known to be a model's
         old |= set(read_weight_map(target / INDEX_FILE).values())
-    for name in ("config.json", INDEX_FILE):
+    for name in old - keep:
         (target / name).unlink(missing_ok=True)
-    sync_folder(target)
-    for name in old - set(keep):
-        (target / name).unlink(missing_ok=True)
+    (target / INDEX_FILE).unlink(missing_ok=True)
 
 
 def _require_space(target: Path, num_bytes: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from fastllm.gguf import atomic
 
-OPERATIONS = ("pwrite", "fsync", "replace", "ftruncate")
+OPERATIONS = ("pwrite", "fsync", "replace", "ftruncate", "unlink")
 
 
 def interrupt_at(monkeypatch, k: int, action: Callable[[], None]) -> list[int]:
@@ -17,11 +17,11 @@ def interrupt_at(monkeypatch, k: int, action: Callable[[], None]) -> list[int]:
     for name in OPERATIONS:
         original = getattr(os, name)
 
-        def interrupted(*args, _original=original):
+        def interrupted(*args, _original=original, **options):
             count[0] += 1
             if count[0] == k:
                 action()
-            return _original(*args)
+            return _original(*args, **options)
 
         monkeypatch.setattr(atomic.os, name, interrupted)
     return count

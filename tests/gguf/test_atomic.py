@@ -73,7 +73,7 @@ def test_a_disk_without_room_is_refused_before_the_first_byte(tmp_path, monkeypa
     written = interrupt_at(monkeypatch, -1, lambda: None)
     with pytest.raises(SaveError, match="bytes needed"), atomic_file(tmp_path / "a", 2**60):
         pytest.fail("the block must not start")
-    assert written[0] == 1  # the truncation of the empty partial file
+    assert written[0] == 2  # the empty partial file is truncated and removed
     assert list(tmp_path.iterdir()) == []
 
 
