@@ -62,6 +62,21 @@ def toy() -> PreTrainedTokenizerFast:
     return make_toy_tokenizer()
 
 
+def make_small_model(folder: Path) -> Path:
+    """A checkpoint of a tiny Llama with the toy tokenizer, saved in `folder`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_toy_tokenizer()
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=1024, **shape,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 class RealTokenizers:
     """Real tokenizers by name, each as it was loaded; skips where the vocabulary is not stored.
 
@@ -102,8 +117,9 @@ class RealTokenizers:
 
     def _mistral(self, name: str) -> Any:
         found = importlib.util.find_spec("mistral_common")
-        if found is None or found.origin is None or importlib.util.find_spec("sentencepiece") is None:
-            pytest.skip("mistral-common and sentencepiece are not installed; they hold Mistral's vocabularies")
+        readers = ("sentencepiece", "google.protobuf")
+        if found is None or found.origin is None or not all(map(_is_installed, readers)):
+            pytest.skip("Mistral's vocabularies: pip install mistral-common sentencepiece protobuf")
         from transformers import LlamaTokenizer
 
         model = Path(found.origin).parent / "data" / MISTRAL[name]
@@ -111,6 +127,13 @@ class RealTokenizers:
         source.mkdir(exist_ok=True)
         shutil.copy(model, source / "tokenizer.model")
         return LlamaTokenizer.from_pretrained(source)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package
+        return False
 
 
 @pytest.fixture(scope="session")
