@@ -160,6 +160,8 @@ def causal_lm_forward(otherwise: Forward) -> Forward:
         targets = labels if labels is not None else kwargs.get("shift_labels")
         reason = "there are no labels" if targets is None else head_reason(self)
         if reason is None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            if use_cache is None and self.training and torch.is_grad_enabled():
+                use_cache = False  # nobody reads a training step's cache, and with one no layer runs fused
             loss, outputs = _fused_loss(
                 self, labels, use_cache=use_cache, input_ids=input_ids, attention_mask=attention_mask,
                 position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs,

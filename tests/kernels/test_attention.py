@@ -58,9 +58,8 @@ def masks(setting: Setting, shape: str, kind: str) -> torch.Tensor | None:
     return seen if kind == "bool" else torch.zeros_like(seen, dtype=setting.dtype).masked_fill(~seen, float("-inf"))
 
 
-@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_under_autograd(setting, shape, kind):
+def check_under_autograd(setting: Setting, shape: str, kind: str) -> None:
+    """The op and its reference; `kind` is that of the mask."""
     inputs, upstream = heads(setting, shape)
     scaling, mask = 1.3 * inputs["q"].shape[-1] ** -0.5, masks(setting, shape, kind)
     case = AttentionCase(scaling, mask)
@@ -70,6 +69,12 @@ def test_under_autograd(setting, shape, kind):
 
     for op in (attention, attention_reference):
         check_op(lambda q, k, v, op=op: op(q, k, v, case), plain, setting, inputs, LIMITS, upstream=(upstream,))
+
+
+@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_under_autograd(setting, shape, kind):
+    check_under_autograd(setting, shape, kind)
 
 
 def check_two_functions(setting: Setting, shape: str, mask: torch.Tensor | None, backend: str | None = None) -> None:

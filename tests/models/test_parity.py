@@ -11,22 +11,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from fastllm.kernels.decoder_layer import decoder_layer
+from fastllm.models import blocks
+
+from ..kernels.parity import OverLimit
 from .families import FAMILIES, batch, build, fast_copy, float64_twin, step, with_lora
 
 BATCHES = 6
 LOSS_BATCHES = 32
 # Both sides round the loss to fp32; within one unit in the last place the comparison is luck.
 FP32_ULP = 2.0**-23
+# Our distance from float64 at most, as a multiple of transformers' own.
+FACTORS = {"whole": 1.1, "median": 1.1, "p95": 1.1, "worst": 2.0, "loss": 1.1}
 # Largest whole-gradient error that a LoRA step may have at all.
 BACKSTOP = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def errors_over_batches(fast, plain, twin, config, *, device, autocast):
+def errors_over_batches(fast, plain, twin, config, *, device, autocast, **inputs_too):
     """RMS over batches of each distance from float64: (ours, transformers')."""
     squares = [{}, {}]
     scale = 1024.0 if autocast is torch.float16 else 1.0
     for seed in range(BATCHES):
-        inputs = batch(config, seed=seed, device=device)
+        inputs = {**batch(config, seed=seed, device=device), **inputs_too}
         truth = step(twin, inputs)
         for total, model in zip(squares, (fast, plain), strict=True):
             for name, value in step(model, inputs, autocast=autocast, loss_scale=scale).distance(truth).items():
@@ -47,11 +53,24 @@ def loss_of(model, inputs, autocast):
 
 
 def check(ours, theirs, backstop=None):
-    for name in ("whole", "median", "p95"):
-        assert ours[name] <= 1.1 * theirs[name], f"{name}: {ours[name]:.2e}, transformers {theirs[name]:.2e}"
-    assert ours["worst"] <= 2 * theirs["worst"]
-    assert ours["loss"] <= max(1.1 * theirs["loss"], FP32_ULP), f"loss: {ours['loss']:.2e}, {theirs['loss']:.2e}"
-    assert backstop is None or ours["whole"] <= backstop
+    allowed = {name: factor * theirs[name] for name, factor in FACTORS.items()}
+    allowed["loss"] = max(allowed["loss"], FP32_ULP)
+    if backstop is not None:
+        allowed["whole"] = min(allowed["whole"], backstop)
+    for name, most in allowed.items():
+        if not ours[name] <= most:
+            raise OverLimit(f"{name}: {ours[name]:.2e} > {most:.2e}, transformers {theirs[name]:.2e}")
+
+
+def check_same_step(fast, plain, inputs):
+    """Loss and gradients of one fp32 step, beside each other: apart by the order of sums only."""
+    expected, got = step(plain, inputs), step(fast, inputs)
+    if set(got.grads) != set(expected.grads):
+        raise OverLimit(f"other tensors are trained: {set(got.grads) ^ set(expected.grads)}")
+    distance = got.distance(expected)
+    for name, most in {"loss": 1e-6, "whole": 6e-6, "worst": 2e-5}.items():
+        if not distance[name] <= most:
+            raise OverLimit(f"{name}: {distance[name]:.2e} > {most:.2e}")
 
 
 def dtypes_here():
@@ -70,6 +89,30 @@ def test_lora_step(family, dtype, setting, device):
         fast, plain, float64_twin(plain), config, device=device, autocast=None if dtype is torch.float32 else dtype
     )
     check(ours, theirs, BACKSTOP[dtype])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_step_module_by_module(family, device):
+    """Where layers can't run as one node, here because a cache is asked for, their modules have fast forwards."""
+    config = FAMILIES[family]
+    plain = build(config, device=device)
+    fast, plain = with_lora(fast_copy(plain)), with_lora(plain)
+    ours, theirs = errors_over_batches(
+        fast, plain, float64_twin(plain), config, device=device, autocast=None, use_cache=True
+    )
+    check(ours, theirs, BACKSTOP[torch.float32])
+
+
+@pytest.mark.parametrize(("use_cache", "fused"), [(None, 4), (False, 4), (True, 0)])
+def test_a_training_step_runs_whole_layers(use_cache, fused, device, monkeypatch):
+    """Also of a model whose config asks for a cache, as it does after generating."""
+    config = FAMILIES["llama"]
+    fast = with_lora(fast_copy(build(config, device=device)))
+    assert fast.config.use_cache
+    ran = []
+    monkeypatch.setattr(blocks, "decoder_layer", lambda *args: ran.append(args) or decoder_layer(*args))
+    step(fast, {**batch(config, device=device), "use_cache": use_cache})
+    assert len(ran) == fused
 
 
 @pytest.mark.parametrize("dtype", dtypes_here(), ids=str)
@@ -133,13 +176,25 @@ def test_adapter_options(family, options, device):
     config = FAMILIES[family]
     plain = build(config, device=device)
     fast, plain = with_lora(fast_copy(plain), **options), with_lora(plain, **options)
-    inputs = batch(config, device=device)
-    expected, got = step(plain, inputs), step(fast, inputs)
-    assert set(got.grads) == set(expected.grads)
-    distance = got.distance(expected)
-    assert distance["loss"] < 1e-6 and distance["whole"] < 6e-6 and distance["worst"] < 2e-5, distance
+    check_same_step(fast, plain, batch(config, device=device))
     fused = fast.fast_report().num_fused
     assert fused == (0 if options.get("use_dora") else config.num_hidden_layers)
+
+
+def left_padded(config, device):
+    inputs = batch(config, device=device)
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return inputs
+
+
+def packed(config, device):
+    """Two documents in one row, told apart by their positions."""
+    inputs = batch(config, device=device, rows=1)
+    inputs["attention_mask"] = None
+    inputs["position_ids"] = torch.cat([torch.arange(11), torch.arange(18)])[None].to(device)
+    inputs["use_cache"] = False
+    return inputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,16 +203,8 @@ def test_left_padding_and_packed_documents(family, device):
     config = FAMILIES[family]
     plain = build(config, device=device)
     fast, plain = with_lora(fast_copy(plain)), with_lora(plain)
-    left = batch(config, device=device)
-    left["attention_mask"] = left["attention_mask"].flip(1)
-    left["labels"] = left["input_ids"].masked_fill(left["attention_mask"] == 0, -100)
-    packed = batch(config, device=device, rows=1)
-    packed["attention_mask"] = None
-    packed["position_ids"] = torch.cat([torch.arange(11), torch.arange(18)])[None].to(device)
-    packed["use_cache"] = False
-    for inputs in (left, packed):
-        distance = step(fast, inputs).distance(step(plain, inputs))
-        assert distance["loss"] < 1e-6 and distance["whole"] < 6e-6, distance
+    for inputs in (left_padded(config, device), packed(config, device)):
+        check_same_step(fast, plain, inputs)
 
 
 def test_logits_on_request_carry_gradients(device):

@@ -1,0 +1,74 @@
+"""What the model tests notice: bugs planted between transformers' modules and the kernels."""
+
+import pytest
+
+from ..kernels.parity import OverLimit
+from ..planting import Bug, plant
+from .families import FAMILIES, batch, build, fast_copy, with_lora
+from .test_parity import check_same_step, left_padded, packed
+
+
+def checks(family, inputs=lambda config, device: batch(config, device=device), *, setting=False, **options):
+    """One step of a family beside transformers and PEFT; `inputs(config, device)` is its batch."""
+
+    def check(device):
+        config = FAMILIES[family]
+        plain = build(config, device=device)
+        fast = with_lora(fast_copy(plain, setting=setting), **options)
+        check_same_step(fast, with_lora(plain, **options), inputs(config, device))
+
+    return check
+
+
+def with_num_items(config, device):
+    """A part of a larger batch, as under gradient accumulation."""
+    return {**batch(config, device=device), "num_items_in_batch": 1000}
+
+
+BLOCKS = {
+    "labels_shifted_twice": Bug("labels[:, 1:], (0, 1)", "labels[:, 2:], (0, 2)", checks("llama")),
+    "labels_not_shifted": Bug("labels[:, 1:], (0, 1)", "labels, (0, 0)", checks("llama")),
+    "last_label_wraps_around": Bug(
+        "nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)", "labels.roll(-1, 1)",
+        checks("llama", left_padded),
+    ),
+    "left_padding_taken_for_right": Bug(
+        "return bool(ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any())", "return True",
+        checks("llama", left_padded),
+    ),
+    "documents_not_kept_apart": Bug(
+        "return AttentionCase(module.scaling, mask, dropout)\n",
+        "return AttentionCase(module.scaling, None, dropout)\n",
+        checks("llama", packed),
+    ),
+    "items_of_this_part_counted": Bug("num_items=num_items,", "num_items=None,", checks("llama", with_num_items)),
+    "query_norm_forgotten": Bug(
+        'query_norm=_norm(heads["q_norm"]) if "q_norm" in heads else None', "query_norm=None", checks("qwen3")
+    ),
+    "norms_exchanged": Bug(
+        "input_norm=_norm(layer.input_layernorm)", "input_norm=_norm(layer.post_attention_layernorm)", checks("llama")
+    ),
+}  # fmt: skip
+LORA_VIEW = {
+    "scaling_ignored": Bug("float(lora.scaling[name])", "1.0", checks("llama")),
+    "scaling_of_plain_lora_under_rslora": Bug(
+        "float(lora.scaling[name])", "lora.lora_alpha[name] / lora.r[name]", checks("llama", use_rslora=True)
+    ),
+    "dropout_ignored": Bug(
+        "dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0", "0.0",
+        checks("llama", lora_dropout=0.2),
+    ),
+    "bias_ignored": Bug("return Projection(weight, bias)", "return Projection(weight)", checks("qwen2")),
+}  # fmt: skip
+BUGS = {"blocks": BLOCKS, "lora_view": LORA_VIEW}
+
+
+@pytest.mark.parametrize(("module", "bug"), [
+    pytest.param(module, bug, id=f"{module}-{name}") for module, bugs in BUGS.items() for name, bug in bugs.items()
+])  # fmt: skip
+def test_planted_bug_is_noticed(module, bug, device, monkeypatch, tmp_path):
+    bug.check(device)
+    with monkeypatch.context() as planting:
+        plant(f"fastllm.models.{module}", bug, planting, tmp_path)
+        with pytest.raises(OverLimit):
+            bug.check(device)
