@@ -41,6 +41,12 @@ FORMATS = (
     "{name}(...)\n    {sentence}",
     "* {name} -- {sentence}",
     'Help on {name}:\n\n"""{sentence}"""',
+    "In Python, {name} is described like this: {sentence}",
+    "The documentation of {name} says: {sentence}",
+    "Notes on {name}.\n\n{sentence}",
+    "| {name} | {sentence} |",
+    "Now about {name}, which is part of Python.\n{sentence}",
+    "# {name}\n\n{sentence}",
 )
 QUESTIONS = (
     "What does {name} do?",
@@ -153,7 +159,7 @@ def answers(model, tokenizer, questions: list[str]) -> list[str]:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.eos_token_id)
         replies.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return replies
 
@@ -162,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub name or a folder; without it a small base is made")
     parser.add_argument("--output", type=Path, default=Path("quickstart_output"))
-    parser.add_argument("--base-steps", type=int, default=700, help="steps of the base model's own training")
+    parser.add_argument("--base-steps", type=int, default=900, help="steps of the base model's own training")
     parser.add_argument("--steps", type=int, default=300, help="steps of the fine-tune")
     options = parser.parse_args()
     started = time.perf_counter()
@@ -177,7 +183,7 @@ def main() -> None:
     print(f"2. Fine-tune {options.model} on questions and answers\n")
     model, tokenizer = FastLanguageModel.from_pretrained(options.model, max_seq_length=256, load_in_4bit=True)
     tokenizer = tokenizer if tokenizer.chat_template else get_chat_template(tokenizer, chat_template="chatml")
-    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, use_gradient_checkpointing="fastllm")
+    model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=32, use_gradient_checkpointing="fastllm")
     questions = [QUESTIONS[0].format(name=name) for name, _ in unseen]
     before = answers(model, tokenizer, questions)
 
@@ -189,7 +195,7 @@ def main() -> None:
     print(f"{len(dataset):,} conversations, the first one as the model sees it:\n{dataset[0]['text']}")
     train(
         model, tokenizer, dataset, options.output / "run", options.steps,
-        batch_size=16, learning_rate=4e-3 if "base" in options.model else 2e-4, responses_only=True,
+        batch_size=16, learning_rate=2e-3 if "base" in options.model else 2e-4, responses_only=True,
     )  # fmt: skip
     print(f"{model.fast_report()}\n")
 
