@@ -1,11 +1,12 @@
 """Chats to token ids and labels: fastllm beside TRL, on the same cores, rows and chat template.
 
-    python benchmarks/data_preparation.py --tokenizer FOLDER [--rows 100000]
+    python benchmarks/data_preparation.py --tokenizer FOLDER [--rows 100000] [--repeats 3]
 
-Each side runs in processes of its own, pinned to 1 and then 2 cores. TRL is `SFTTrainer(assistant_only_loss=True)` up
-to its prepared data set, with as many `dataset_num_proc` as cores; fastllm is `tokenize_chats`. Both must give the same
-`input_ids`. A third run reads a stream of the rows and records the memory it needs. FOLDER holds a Qwen 2 or 2.5
-tokenizer.
+The sides take turns, each time in a process of its own, pinned to 1 and then 2 cores; what counts is the median. TRL is
+`SFTTrainer(assistant_only_loss=True)` up to its prepared data set, with as many `dataset_num_proc` as cores; fastllm is
+`tokenize_chats`. Both must give the same `input_ids`; the labels differ in the line breaks around an answer, which the
+template of TRL trains. A third run reads a stream of the rows and records the memory it needs. FOLDER holds a Qwen 2
+or 2.5 tokenizer.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import json
 import os
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,8 @@ def load_tokenizer(folder: str) -> Any:
     return tokenizer
 
 
-def prepare_with_trl(data: Any, tokenizer: Any, cores: int) -> tuple[Any, float]:
-    """The prepared data set and the seconds it took. The model is as small as TRL accepts."""
+def prepare_with_trl(data: Any, tokenizer: Any, cores: int) -> Callable[[], Any]:
+    """The call that prepares the data. The model is as small as TRL accepts."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
@@ -68,17 +70,13 @@ def prepare_with_trl(data: Any, tokenizer: Any, cores: int) -> tuple[Any, float]
         report_to="none", assistant_only_loss=True, max_length=MAX_LENGTH,
         dataset_num_proc=cores if cores > 1 else None,
     )  # fmt: skip
-    start = time.perf_counter()
-    trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-    return trainer.train_dataset, time.perf_counter() - start
+    return lambda: SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer).train_dataset
 
 
-def prepare_with_fastllm(data: Any, tokenizer: Any, cores: int) -> tuple[Any, float]:
+def prepare_with_fastllm(data: Any, tokenizer: Any, cores: int) -> Callable[[], Any]:
     from fastllm.data import tokenize_chats
 
-    start = time.perf_counter()
-    result = tokenize_chats(data, tokenizer, max_length=MAX_LENGTH, progress=False)
-    return result, time.perf_counter() - start
+    return lambda: tokenize_chats(data, tokenizer, max_length=MAX_LENGTH, progress=False)
 
 
 def measure(side: str, folder: str, rows: int, cores: int) -> dict[str, Any]:
@@ -90,9 +88,10 @@ def measure(side: str, folder: str, rows: int, cores: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     data = datasets.Dataset.from_list(list(chats(rows)))
     prepare = {"trl": prepare_with_trl, "fastllm": prepare_with_fastllm}[side]
-    before = cpu_seconds()
-    result, seconds = prepare(data, tokenizer, cores)
-    work = cpu_seconds() - before
+    run = prepare(data, tokenizer, cores)
+    work, start = cpu_seconds(), time.perf_counter()
+    result = run()
+    seconds, work = time.perf_counter() - start, cpu_seconds() - work
     digest, tokens, trained = hashlib.sha256(), 0, 0
     for row in result:
         digest.update(json.dumps(row["input_ids"]).encode())
@@ -152,29 +151,54 @@ def processor() -> str:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {
-        "rows": options.rows, "python": sys.version.split()[0],
+        "command": f"python benchmarks/data_preparation.py {' '.join(sys.argv[1:])}", "commit": commit(),
+        "rows": options.rows, "repeats": options.repeats, "python": sys.version.split()[0],
         "versions": {name: version(name) for name in ("trl", "transformers", "tokenizers", "datasets")},
-        "machine": f"{processor()}, {os.cpu_count()} cores", "load_at_start": os.getloadavg()[0],
+        "machine": f"{processor()}, {os.cpu_count()} cores",
     }  # fmt: skip
     for cores in (1, 2):
-        sides = {side: in_a_process(side, options, cores) for side in ("trl", "fastllm")}
-        same = sides["trl"]["input_ids_sha256"] == sides["fastllm"]["input_ids_sha256"]
-        if not same:
-            raise SystemExit(f"the two sides gave different tokens: {sides}")
-        faster = {
-            f"times_faster_in_{unit}": round(sides["trl"][unit] / sides["fastllm"][unit], 2)
-            for unit in ("seconds", "cpu_seconds")
-        }
-        results[f"{cores} core{'s' if cores > 1 else ''}"] = {**sides, **faster}
+        results[f"{cores} core{'s' if cores > 1 else ''}"] = by_turns(options, cores)
     results["stream"] = in_a_process("stream", options, 1)
     return results
+
+
+def by_turns(options: argparse.Namespace, cores: int) -> dict[str, Any]:
+    """Both sides, one after the other, `repeats` times: all measurements, and how many times fastllm is faster."""
+    runs: dict[str, list[dict[str, Any]]] = {"trl": [], "fastllm": []}
+    for _ in range(options.repeats):
+        for side, measured in runs.items():
+            measured.append({"load_before": round(os.getloadavg()[0], 1), **in_a_process(side, options, cores)})
+    if len({run["input_ids_sha256"] for measured in runs.values() for run in measured}) > 1:
+        raise SystemExit(f"the two sides gave different tokens: {runs}")
+    middle = {
+        (side, unit): statistics.median(run[unit] for run in measured)
+        for side, measured in runs.items()
+        for unit in ("seconds", "cpu_seconds")
+    }
+    faster = {
+        f"times_faster_in_{unit}": round(middle["trl", unit] / middle["fastllm", unit], 2)
+        for unit in ("seconds", "cpu_seconds")
+    }
+    return {**faster, **runs}
+
+
+def commit() -> str:
+    """The commit measured, with `+` where the library differs from it."""
+    root = Path(__file__).parents[1]
+    head, changes = (
+        subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+        for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "fastllm/text"])
+    )
+    return head + ("+" if changes else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", choices=("trl", "fastllm", "stream"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--cores", type=int, default=1)
     options = parser.parse_args()
     if options.side == "stream":
@@ -183,8 +207,8 @@ def main() -> None:
         print(json.dumps(measure(options.side, options.tokenizer, options.rows, options.cores)))
     else:
         results = compare(options)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        options.output.parent.mkdir(exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(results, indent=1))
 
 

@@ -88,6 +88,7 @@ def test_a_row_is_encoded_or_named(batch: list[dict]):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @many
 @given(st.lists(rows, min_size=20, max_size=20))
 def test_a_hundred_thousand_rows_are_encoded_or_named(batch: list[dict]):
