@@ -1,0 +1,155 @@
+"""Compiles every Triton kernel for one GPU target on a machine without a GPU, and prints what came out as JSON.
+
+Usage: python -m tests.kernels.ahead_of_time sm_90
+
+The public ops run on CPU tensors as they would on a GPU, with the shapes of real models, under a driver that names the
+target; each launch is compiled with the arguments and options it came with, and not executed.
+"""
+
+import functools
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import fastllm.kernels
+from fastllm.kernels.dispatch import backend
+from fastllm.kernels.glu import ACTIVATIONS, glu, glu_backward
+from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
+from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
+from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
+from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
+from fastllm.kernels.rope import rope
+
+TARGETS = {
+    **{f"sm_{c}": GPUTarget("cuda", c, 32) for c in (75, 80, 86, 89, 90, 100)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ROWS = 3
+
+
+class TargetDriver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def launches(dtype: torch.dtype) -> None:
+    """Every kernel with each of its compile-time options, at widths of models from 1B to 70B parameters."""
+    new = functools.partial(torch.randn, dtype=dtype)
+    for width in (128, 2048, 4096, 5120, 8192):  # 128: the norms of heads
+        x, weight = new(ROWS, width, requires_grad=True), new(width, requires_grad=True)
+        rms_norm(x, weight, 1e-5).sum().backward()
+        _, total, rstd = rms_norm_forward(x.detach(), weight.detach(), 1e-5, residual=new(ROWS, width))
+        rms_norm_backward(new(ROWS, width), total, weight.detach(), rstd, 1e-5, residual_grad=new(ROWS, width))
+    for head_dim, rotary_dim in ((64, 64), (128, 128), (256, 256), (80, 32)):
+        q, k = new(1, 32, ROWS, head_dim, requires_grad=True), new(1, 8, ROWS, head_dim, requires_grad=True)
+        sum(y.sum() for y in rope(q, k, new(1, ROWS, rotary_dim), new(1, ROWS, rotary_dim))).backward()
+    for activation in ACTIVATIONS:
+        gate, up = (new(ROWS, 14336, requires_grad=True) for _ in range(2))
+        glu(gate, up, activation).sum().backward()
+        gate, up, dh = (new(ROWS, 14336) for _ in range(3))
+        glu_backward(dh, gate, up, activation, gate, up, h_out=dh)
+    for is_nested in (False, True):
+        dequantize_nf4(quantized(256, 4096, is_nested=is_nested), dtype)
+    x = new(ROWS, 4096)
+    for count in (1, 2, 3):
+        projections = [Projection(new(256, 4096), None, new(16, 4096), new(256, 16), 2.0) for _ in range(count)]
+        project_group(x, ProjectionGroup(projections))
+    hidden, labels = new(ROWS, 64, requires_grad=True), torch.arange(ROWS)
+    head = ProjectionGroup([Projection(new(128256, 64, requires_grad=True))])
+    for transform in (LogitTransform(), LogitTransform(0.5, 30.0)):
+        linear_cross_entropy(hidden, head, labels, transform=transform).backward()
+        linear_token_losses(hidden, head, labels, transform=transform).nll.sum().backward()
+        linear_token_losses(hidden.detach(), head, labels, transform=transform, statistics=("entropy", "is_top1"))
+
+
+def quantized(rows: int, columns: int, *, is_nested: bool) -> Nf4Weight:
+    blocks = rows * columns // 64
+    packed, code = torch.zeros(rows * columns // 2, dtype=torch.uint8), torch.ones(16)
+    if not is_nested:
+        return Nf4Weight(packed, torch.ones(blocks), code, (rows, columns), 64)
+    absmax, nested = torch.zeros(blocks, dtype=torch.uint8), torch.ones(-(-blocks // 256))
+    return Nf4Weight(packed, absmax, code, (rows, columns), 64, nested, torch.ones(256), torch.zeros(()))
+
+
+def kernels_of_the_package() -> Iterator[JITFunction]:
+    """Every `@jit` function that is launched; those called from others are compiled inside them."""
+    found = []
+    for info in pkgutil.iter_modules(fastllm.kernels.__path__, "fastllm.kernels."):
+        found += [v for v in vars(importlib.import_module(info.name)).values() if isinstance(v, JITFunction)]
+    called = {name for kernel in found for name in kernel.fn.__code__.co_names}
+    return (kernel for kernel in found if kernel.fn.__name__ not in called)
+
+
+def facts_of(name: str, kernel: "triton.compiler.CompiledKernel") -> dict:
+    """What a target's limits are about."""
+    return {
+        "kernel": name,
+        "shared": kernel.metadata.shared,
+        "spilled": spilled_bytes(kernel),
+        "has_dot": "tt.dot" in kernel.asm["ttgir"],
+    }
+
+
+def spilled_bytes(kernel: "triton.compiler.CompiledKernel") -> int:
+    """Bytes of local memory a thread, by the assembler's own account."""
+    if "amdgcn" in kernel.asm:
+        account, entry = kernel.asm["amdgcn"], r"\.private_segment_fixed_size:\s+(\d+)"
+    else:
+        entry = r"(?:STACK|LOCAL):(\d+)"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            account = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(entry, account)
+    if not found:
+        raise RuntimeError(f"no account of local memory in:\n{account}")
+    return sum(map(int, found))
+
+
+def main(target: GPUTarget) -> None:
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args, warmup: bool, **kwargs) -> None:
+        compiled.append((self.fn.__name__, run(self, *args, warmup=True, **kwargs)))
+
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(TargetDriver(target))
+    has_bf16 = target.backend == "hip" or target.arch >= 80
+    with backend("triton"):
+        for dtype in (torch.bfloat16 if has_bf16 else torch.float16, torch.float32):
+            launches(dtype)
+    unique = {id(kernel): (name, kernel) for name, kernel in compiled}
+    json.dump(
+        {
+            "kernels": sorted(kernel.fn.__name__ for kernel in kernels_of_the_package()),
+            "compiled": [facts_of(name, kernel) for name, kernel in unique.values()],
+        },
+        sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    main(TARGETS[sys.argv[1]])
