@@ -3,7 +3,7 @@
 | format | columns | becomes |
 |---|---|---|
 | text | `text` | `text` |
-| alpaca | `instruction`, optional `input`, `output` | `messages` |
+| alpaca | `instruction`, optional `input` and `system`, `output` | `messages` |
 | sharegpt | `conversations` of `from`/`value` | `messages` |
 | messages | `messages` of `role`/`content`, optional `tools` | `messages` |
 | prompt-completion | `prompt`, `completion` | the same |
@@ -24,6 +24,9 @@ ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 CONTENT_KEYS = ("content", "value", "text", "message")
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "query", "input")
 ANSWER_COLUMNS = ("output", "response", "completion", "answer", "target")
+CONTEXT_COLUMNS = ("input", "context")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+_ROW_EXTRAS = ("tools", "chat_template_kwargs")  # what a row may tell the chat template
 
 ROLES = {
     "system": "system", "developer": "developer",
@@ -59,6 +62,19 @@ def detect_format(columns: Iterable[str], row: Mapping[str, Any]) -> str:
         fix="name the columns messages | conversations | instruction + output | prompt + completion | "
         "chosen + rejected | text, for instance dataset.rename_column('body', 'text')",
     )
+
+
+def columns_read(row: Mapping[str, Any], format: str) -> set[str]:
+    """The columns of `row` that its canonical form is made of."""
+    if format == "alpaca":
+        return {name for name in _alpaca_columns(row) if name}
+    if format == "preference":
+        kinds = (_PREFERENCE_PROMPTS, ("chosen",), ("rejected",), SYSTEM_COLUMNS)
+        return {name for kind in kinds if (name := _first_of(kind, row))}
+    if format in ("messages", "sharegpt"):
+        found = (conversation_column(row), _first_of(SYSTEM_COLUMNS, row), *_ROW_EXTRAS)
+        return {name for name in found if name}
+    return {"text": {"text"}, "kto": {"prompt", "completion", "label"}}.get(format, {"prompt", "completion"})
 
 
 def conversation_column(row: Mapping[str, Any]) -> str | None:
@@ -127,24 +143,34 @@ def canonical(row: Mapping[str, Any], format: str) -> dict[str, Any]:
     return _CANONICAL[format](row)
 
 
+def _alpaca_columns(row: Mapping[str, Any]) -> tuple[str | None, str | None, str | None, str | None]:
+    """The columns of question, context, answer and system message."""
+    question = _first_of(PROMPT_COLUMNS, row)
+    context = _first_of([name for name in CONTEXT_COLUMNS if name != question], row)
+    return question, context, _first_of(ANSWER_COLUMNS, row), _first_of(SYSTEM_COLUMNS, row)
+
+
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
-    question_key = _first_of(PROMPT_COLUMNS, row) or ""
-    question, answer = _text(row, question_key), _text(row, _first_of(ANSWER_COLUMNS, row) or "")
-    more = row.get("input") if question_key != "input" else None
-    if more is not None and not isinstance(more, str):
-        raise DataError(f"column 'input' holds {type(more).__name__}, not text")
-    system = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
-    question = f"{question}\n\n{more}" if more and more.strip() else question
-    return {"messages": [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    question_key, context_key, answer_key, _ = _alpaca_columns(row)
+    question, answer = _text(row, question_key or ""), _text(row, answer_key or "")
+    context = row[context_key] if context_key else None
+    if context is not None and not isinstance(context, str):
+        raise DataError(f"column {context_key!r} holds {type(context).__name__}, not text")
+    question = f"{question}\n\n{context}" if context and context.strip() else question
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": [*_system(row), *turns]}
+
+
+def _system(row: Mapping[str, Any]) -> list[Message]:
+    """The system message that a column of the row holds, if any."""
+    text = row.get(_first_of(SYSTEM_COLUMNS, row) or "")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
 
 
 def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     messages = messages_of(row)
-    column = conversation_column(row)
-    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    kept = {"tools": row["tools"]} if row.get("tools") and column else {}
-    return {"messages": messages, **kept}
+    system = _system(row) if messages[0]["role"] != "system" else []
+    return {"messages": [*system, *messages], **{key: row[key] for key in _ROW_EXTRAS if row.get(key)}}
 
 
 def _prompt_and_completion(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,14 +178,34 @@ def _prompt_and_completion(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preference(row: Mapping[str, Any]) -> dict[str, Any]:
-    keys = [key for key in ("prompt", "chosen", "rejected") if row.get(key) is not None]
-    pair = {key: _side(row, key) for key in keys}
     for key in ("chosen", "rejected"):
-        if key not in pair:
+        if row.get(key) is None:
             raise DataError(f"column {key!r} is empty")
-    if pair["chosen"] == pair["rejected"]:
+    chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
+    if chosen == rejected:
         raise DataError("chosen and rejected are the same, which teaches nothing")
-    return pair
+    if type(chosen) is not type(rejected):
+        raise DataError("chosen and rejected must both be text or both be messages")
+    key = _first_of(_PREFERENCE_PROMPTS, row)
+    if key is None or row[key] is None:
+        return {"chosen": chosen, "rejected": rejected}
+    prompt = _side(row, key)
+    if isinstance(prompt, str) and (isinstance(chosen, list) or _first_of(SYSTEM_COLUMNS, row)):
+        return _pair_of_messages(_system(row), prompt, chosen, rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _pair_of_messages(system: list[Message], prompt: str, chosen: Any, rejected: Any) -> dict[str, Any]:
+    """The pair as messages, where only its prompt is text, or a system message has to join it."""
+    question: list[Message] = [{"role": "user", "content": prompt}]
+    if isinstance(chosen, str):
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    elif chosen[0]["role"] != "assistant":
+        question, chosen, other, rejected = chosen[:-1], chosen[-1:], rejected[:-1], rejected[-1:]
+        if question != other or question[-1:] != [{"role": "user", "content": prompt}]:
+            raise DataError("chosen and rejected begin with messages that are not the prompt")
+    system = system if question[0]["role"] != "system" else []
+    return {"prompt": [*system, *question], "chosen": chosen, "rejected": rejected}
 
 
 def _kto(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,6 +228,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
+_PREFERENCE_PROMPTS = ("prompt", "question", "instruction")
 _CANONICAL = {
     "text": lambda row: {"text": _text(row, "text")},
     "alpaca": _alpaca,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from .._errors import ArgumentError, DataError, nearest
 from .._notices import notice
-from .formats import FORMATS, canonical, conversation_column, detect_format
+from .formats import CONVERSATION_COLUMNS, FORMATS, canonical, columns_read, conversation_column, detect_format
 from .sources import (
     OnError,
     Row,
@@ -26,6 +28,7 @@ from .sources import (
     settle,
 )
 
+_JSON_COLUMNS = ("tools", "chat_template_kwargs")
 _EXAMPLE = 300  # characters of a text in the example that is shown
 
 
@@ -43,9 +46,12 @@ def load_chat_data(
     """Training data from a file, a folder, the hub, a data set, a stream or a list of rows, in the form trainers take.
 
     Files may be JSON, JSONL, CSV, TSV, Parquet or plain text. The format is detected (text, Alpaca, ShareGPT, messages,
-    prompt-completion, preference pairs, KTO rows; see `fastllm.text.formats`) and told with one example; with a
-    `tokenizer` the example shows which tokens are trained. `format` names it instead, `columns` renames columns first:
-    `{"question": "instruction"}`. `streaming` reads rows as they are needed, in constant memory.
+    prompt-completion, preference pairs, KTO rows; see `fastllm.text.formats`) and told with one example and the columns
+    that are not used; with a `tokenizer` the example shows which tokens are trained. `format` names it instead.
+    `columns` renames columns first: `{"frage": "instruction"}`. `streaming` reads rows as they are needed, in constant
+    memory.
+
+        data = load_chat_data("chats.jsonl", tokenizer=tokenizer)
 
     The result holds `messages`, `text`, `prompt`/`completion` or `chosen`/`rejected`: a `Dataset`, or an
     `IterableDataset` for a stream. Preference pairs and KTO rows are checked here and trained by TRL's trainers.
@@ -66,7 +72,7 @@ def load_chat_data(
         loaded = {name: load_chat_data(part, **options, tokenizer=tokenizer, show=show) for name, part in data.items()}
         return like(data, loaded)
     renamed = dict(columns or {})
-    first = _renamed(first_row(data), renamed)
+    first = _opened(first_row(data), renamed)
     found = format or detect_format(_names(data, renamed), first)
     change = _Canonical(found, renamed, on_error)
     result = _changed(data, change, streaming)
@@ -88,6 +94,7 @@ class _Canonical:
         self.on_error: OnError = on_error
         self.dropped: list[DataError] = []
         self.kinds: dict[str, str] = {}
+        self.columns: set[str] = set()  # of the result, once they are settled
 
     def __call__(self, rows: list[Row], numbers: Iterable[int]) -> list[Row]:
         results = [or_error(self.one, row, number) for row, number in zip(rows, numbers, strict=True)]
@@ -96,13 +103,22 @@ class _Canonical:
     def one(self, row: Any) -> Row:
         if not isinstance(row, Mapping):
             raise DataError(f"a row is {type(row).__name__}, not a dict")
-        result = canonical(_renamed(row, self.renamed), self.format)
+        result = canonical(_opened(row, self.renamed), self.format)
+        self._check_columns(result)
         for key, value in result.items():
             kind = "text" if isinstance(value, str) else "messages" if isinstance(value, list) else "a value"
-            if self.kinds.setdefault(key, kind) != kind and key != "tools":
+            if self.kinds.setdefault(key, kind) != kind and key not in _JSON_COLUMNS:
                 raise DataError(f"column {key!r} holds {kind} here and {self.kinds[key]} in the first row")
             _check_storable(value)
         return result
+
+    def _check_columns(self, row: Row) -> None:
+        if not self.columns:
+            return
+        if new := sorted(set(row) - self.columns):
+            raise DataError(f"column {new[0]!r} is in this row and not in the first", fix="give the first row one too")
+        if missing := sorted(self.columns - set(row) - set(_JSON_COLUMNS)):
+            raise DataError(f"column {missing[0]!r} is missing here and in the first row it is not")
 
 
 def _check_storable(value: Any) -> None:
@@ -129,7 +145,8 @@ def _check_storable(value: Any) -> None:
 
 def _changed(data: Any, change: _Canonical, streaming: bool) -> Any:
     """The data in canonical form: a stream for a stream or on request, else a `Dataset`."""
-    features = _features(change.format, data, change)
+    features = _features(change.format, data, change, streaming)
+    change.columns = set(features)
     if is_stream(data) or is_dataset(data):
         result = change_rows(data, change, description="Reading", features=features)
         return result.to_iterable_dataset() if streaming and is_dataset(result) else result
@@ -147,22 +164,30 @@ def _changed(data: Any, change: _Canonical, streaming: bool) -> Any:
         pieces.append(
             Dataset.from_dict({key: [row.get(key) for row in changed] for key in features}, features=features)
         )
-    return concatenate_datasets(pieces)
+    result = concatenate_datasets(pieces)
+    unused = [name for name in _JSON_COLUMNS if name in features and not any(result[name])]
+    return result.remove_columns(unused)
 
 
-def _features(format: str, data: Any, change: _Canonical) -> Any:
-    """Columns of the canonical form. Messages are stored as JSON, so that no message takes on keys of another."""
+def _features(format: str, data: Any, change: _Canonical, streaming: bool) -> Any:
+    """Columns of the canonical form. Messages are stored as JSON, so that no message takes on keys of another.
+
+    Rows of a list may have columns that the first has not; in a stream they must show at once.
+    """
     from datasets import Features, Json, List, Value
 
     first = _first_usable(data, change)
     kinds: dict[str, Any] = {}
     for key, value in first.items():
-        if isinstance(value, list) and key != "tools":
+        if key in _JSON_COLUMNS:
+            kinds[key] = Json()
+        elif isinstance(value, list):
             kinds[key] = List(Json())
         else:
-            kinds[key] = Value("bool") if isinstance(value, bool) else Value("string") if key != "tools" else Json()
-    if format in ("messages", "sharegpt") and "tools" in column_names(data):
-        kinds["tools"] = Json()
+            kinds[key] = Value("bool") if isinstance(value, bool) else Value("string")
+    if format in ("messages", "sharegpt"):
+        known = column_names(data) if streaming or is_stream(data) or is_dataset(data) else _JSON_COLUMNS
+        kinds |= {name: Json() for name in _JSON_COLUMNS if name in known}
     return Features(kinds)
 
 
@@ -177,8 +202,15 @@ def _first_usable(data: Any, change: _Canonical) -> Row:
     raise DataError("no row can be used", where="data set")
 
 
-def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> Row:
-    return {names.get(key, key): value for key, value in row.items()}
+def _opened(row: Mapping[str, Any], names: Mapping[str, str]) -> Row:
+    """The row with its columns renamed, and conversations read that a table holds as JSON text."""
+    opened = {names.get(key, key): value for key, value in row.items()}
+    for name in CONVERSATION_COLUMNS:
+        text = opened.get(name)
+        if isinstance(text, str) and text.lstrip().startswith("["):
+            with contextlib.suppress(ValueError, RecursionError):  # text that is no JSON stays text
+                opened[name] = json.loads(text)
+    return opened
 
 
 def _names(data: Any, renamed: Mapping[str, str]) -> list[str]:
@@ -190,8 +222,10 @@ def _tell(source: Any, result: Any, format: str, first: Row, detected: bool, dro
     column = conversation_column(first)
     said = f"column {column!r}" if column else f"columns {', '.join(map(repr, first))}"
     how = "detected from" if detected else "as asked, from"
+    unread = [repr(name) for name in first if name not in columns_read(first, format)]
+    not_read = f"; columns not used: {', '.join(unread)}" if unread else ""
     left_out = f"; {len(dropped):,} rows left out" if dropped else ""
-    notice(f"fastllm: {source}: {count}, format {format} ({how} {said}){left_out}")
+    notice(f"fastllm: {source}: {count}, format {format} ({how} {said}){not_read}{left_out}")
 
 
 def _show_example(result: Any, format: str, tokenizer: Any) -> None:

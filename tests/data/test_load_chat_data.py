@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from fastllm.data import FORMATS, detect_format, load_chat_data, messages_of
+from fastllm.text.formats import columns_read
 
 from .conftest import talk
 
@@ -138,6 +139,64 @@ def test_other_names_of_roles_and_keys_are_known():
     assert [message["role"] for message in messages_of({"dialogue": talked})] == ["user", "assistant", "tool"]
     row = {"system": "Be kind.", "conversations": [{"from": "human", "value": "Hi"}]}
     assert load_chat_data([row], show=False)[0]["messages"][0] == {"role": "system", "content": "Be kind."}
+
+
+def test_context_and_system_columns_join_the_conversation_and_what_is_not_used_is_told(caplog):
+    dolly = {"instruction": "Which?", "context": "A or B.", "response": "A", "category": "qa"}
+    orca = {"id": 1, "system_prompt": "Be brief.", "question": "Why?", "response": "So."}
+    with caplog.at_level("INFO", "fastllm"):
+        assert load_chat_data([dolly], show=False)[0] == {"messages": talk("Which?\n\nA or B.", "A")}
+        assert load_chat_data([orca], show=False)[0] == {"messages": talk("Why?", "So.", system="Be brief.")}
+    assert "columns not used: 'category'" in caplog.text and "columns not used: 'id'" in caplog.text
+    assert columns_read(EXAMPLES["alpaca"][0], "alpaca") == {"instruction", "input", "output"}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_column_of_a_plain_example_is_left_out(name: str):
+    row, _ = EXAMPLES[name]
+    assert set(row) - columns_read(row, name) <= {"id"}
+
+
+def test_conversations_that_a_table_holds_as_json(tmp_path: Path):
+    path = tmp_path / "talks.csv"
+    Dataset.from_dict({"messages": [json.dumps(talk("Hi", "Hello"))]}).to_csv(path, index=False)
+    assert load_chat_data(path, show=False)[0] == {"messages": talk("Hi", "Hello")}
+    with pytest.raises(ValueError, match="no known format"):
+        load_chat_data([{"messages": "[no json"}])
+
+
+def test_preferences_whose_prompt_is_text_and_whose_answers_are_messages():
+    expected = {"prompt": talk("Q"), "chosen": talk("Q", "good")[1:], "rejected": talk("Q", "bad")[1:]}
+    whole = {"prompt": "Q", "prompt_id": "7", "chosen": talk("Q", "good"), "rejected": talk("Q", "bad")}
+    answers = {"question": "Q", "chosen": talk("Q", "good")[1:], "rejected": talk("Q", "bad")[1:]}
+    assert load_chat_data([whole], show=False)[0] == load_chat_data([answers], show=False)[0] == expected
+    with pytest.raises(ValueError, match="begin with messages that are not the prompt"):
+        load_chat_data([{**whole, "prompt": "other"}])
+    with pytest.raises(ValueError, match="both be text or both be messages"):
+        load_chat_data([{**whole, "rejected": "bad"}])
+
+
+def test_a_system_column_makes_preferences_conversations():
+    rows = [{"system": system, "question": "Q", "chosen": "good", "rejected": "bad"} for system in ("S", "")]
+    first, second = load_chat_data(rows, show=False)
+    assert first["prompt"] == talk("Q", system="S") and second["prompt"] == talk("Q")
+    assert first["chosen"] == talk("Q", "good")[1:]
+
+
+def test_columns_that_only_later_rows_have_are_kept_or_named(tmp_path: Path):
+    later = {
+        "messages": talk("Hi", "Hello"),
+        "tools": [{"name": "f"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    rows = [{"messages": talk("A", "B")}, later]
+    data = load_chat_data(rows, show=False)
+    assert data[1] == later and data[0]["tools"] is None
+    assert load_chat_data(rows[:1], show=False).column_names == ["messages"]
+    with pytest.raises(ValueError, match="row 1: column 'chat_template_kwargs' is in this row and not in the first"):
+        list(load_chat_data(write(tmp_path, ".jsonl", rows), streaming=True, show=False))
+    with pytest.raises(ValueError, match="row 1: column 'prompt' is missing here"):
+        load_chat_data([{"prompt": "p", "chosen": "c", "rejected": "r"}, {"chosen": "c", "rejected": "r"}])
 
 
 def test_rows_that_cant_be_used_are_named_or_left_out_as_asked(caplog):
