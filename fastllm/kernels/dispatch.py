@@ -77,6 +77,7 @@ def launch_on(x: torch.Tensor) -> AbstractContextManager:
 
 
 def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`, and at least 1."""
     return 1 << (max(n, 1) - 1).bit_length()
 
 

@@ -21,6 +21,7 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
 
 
 def glu_reference(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """The definition, differentiable: fp32 arithmetic (float64 for float64), one rounding."""
     _require_known(activation)
     accumulate = torch.promote_types(gate.dtype, torch.float32)
     wide = gate.to(accumulate)

@@ -69,6 +69,7 @@ def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype, *, out: torch.Tensor |
 
 
 def dequantize_nf4_reference(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The definition: a new matrix `[N, K]`, for any block size, also where rows or the last block end inside one."""
     absmax = weight.absmax
     if weight.nested_absmax is not None and weight.nested_code is not None and weight.offset is not None:
         scale2 = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]

@@ -23,6 +23,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
+    """The definition, differentiable: fp32 arithmetic (float64 for float64), rounded once to `out_dtype`."""
     accumulate = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(accumulate)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
