@@ -17,12 +17,13 @@ from .text.sharegpt import (
     to_sharegpt,
 )
 from .text.stopping import create_stopping_criteria, remove_special_tokens
-from .text.templates import CHAT_TEMPLATES, DEFAULT_SYSTEM_MESSAGE
+from .text.templates import CHAT_TEMPLATES, DEFAULT_SYSTEM_MESSAGE, OLLAMA_TEMPLATES
 from .text.tokenizer_setup import get_chat_template
 
 __all__ = [
     "CHAT_TEMPLATES",
     "DEFAULT_SYSTEM_MESSAGE",
+    "OLLAMA_TEMPLATES",
     "ChatRenderer",
     "TemplateError",
     "apply_chat_template",

@@ -52,7 +52,7 @@ class Preview:
         half, most = ordered[len(ordered) // 2], ordered[min(len(ordered) * 95 // 100, len(ordered) - 1)]
         counted = f"the first {len(ordered):,}" if self.more_rows else f"{len(ordered):,}"
         return (
-            f"{counted} rows: {sum(ordered):,} tokens, {self.share_trained:.1%} trained; "
+            f"{counted} {'row' if counted == '1' else 'rows'}: {sum(ordered):,} tokens, {self.share_trained:.1%} trained; "
             f"tokens a row: median {half:,}, 95 % below {most + 1:,}, longest {ordered[-1]:,}"
         )
 

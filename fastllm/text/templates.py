@@ -157,7 +157,24 @@ class TemplateTable(MutableMapping[str, Entry]):
         return f"<{len(self)} chat templates: {', '.join(self)}>"
 
 
+class Modelfiles(Mapping[str, str]):
+    """Name -> Ollama Modelfile of the template, with `{__FILE_LOCATION__}` and `{__EOS_TOKEN__}` to fill in."""
+
+    def __init__(self, table: Mapping[str, Entry]) -> None:
+        self._table = table
+
+    def __getitem__(self, name: str) -> str:
+        return self._table[name][3]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
 CHAT_TEMPLATES = TemplateTable()
+OLLAMA_TEMPLATES = Modelfiles(CHAT_TEMPLATES)
 DEFAULT_SYSTEM_MESSAGE: dict[str, str | None] = {name: shipped.system_message for name, shipped in SHIPPED.items()}
 
 

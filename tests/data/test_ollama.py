@@ -5,7 +5,13 @@ from datetime import datetime
 
 import pytest
 
-from fastllm.chat_templates import CHAT_TEMPLATES, construct_chat_template, get_chat_template, modelfile_of
+from fastllm.chat_templates import (
+    CHAT_TEMPLATES,
+    OLLAMA_TEMPLATES,
+    construct_chat_template,
+    get_chat_template,
+    modelfile_of,
+)
 
 from . import go_template
 from .conftest import RealTokenizers, talk
@@ -52,6 +58,15 @@ def test_the_form_of_the_file(toy):
     assert "PARAMETER temperature 1.5" in lines and "PARAMETER min_p 0.1" in lines
     assert lines[-1] == 'SYSTEM """Be brief."""'
     assert modelfile_of(toy, location="./model.Q4_K_M.gguf").startswith("FROM ./model.Q4_K_M.gguf\n")
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_the_table_of_modelfiles_leaves_file_and_eos_to_fill_in(name: str, toy):
+    assert list(OLLAMA_TEMPLATES) == list(CHAT_TEMPLATES)
+    get_chat_template(toy, name, map_eos_token=False)
+    filled = OLLAMA_TEMPLATES[name].replace("{__EOS_TOKEN__}", toy.eos_token)
+    assert template_of(filled) == template_of(toy._ollama_modelfile)
+    assert filled.startswith("FROM {__FILE_LOCATION__}\n")
 
 
 def test_a_tokenizer_with_a_template_of_its_own(real: RealTokenizers):

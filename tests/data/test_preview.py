@@ -1,5 +1,7 @@
 """What the trainer will see: trained tokens in colour, lengths, shares."""
 
+import io
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +52,28 @@ def test_a_trainer_shows_its_own_data(chatml, capsys):
 def test_every_row_counts_where_nothing_is_masked(chatml):
     data = Dataset.from_dict({"input_ids": [[10, 11, 12]]})
     assert preview(data, 1, chatml, show=False).share_trained == 1
+
+
+def test_a_notebook_shows_it_as_html(chatml, monkeypatch):
+    shown = []
+
+    class ZMQInteractiveShell:
+        """What Jupyter's kernel calls its shell."""
+
+    display = SimpleNamespace(HTML=lambda text: text, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=ZMQInteractiveShell))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    result = preview([{"messages": talk("<b>Hi</b>", "Hello")}], 1, chatml)
+    assert shown == [result.html()]
+    assert "&lt;b&gt;Hi" in shown[0] and "1 row: " in shown[0]
+
+
+def test_a_terminal_without_unicode_gets_ascii(chatml, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    preview(ROWS, 1, chatml)
+    sys.stdout.flush()
+    printed = sys.stdout.buffer.getvalue().decode("ascii")
+    assert "Hello" in printed and "#" in printed
 
 
 def test_streams_and_other_choices_of_turns(chatml):
