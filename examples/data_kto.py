@@ -58,9 +58,8 @@ dataset = load_chat_data(rows)
 
 # %%
 config = KTOConfig(
-    output_dir="outputs", max_steps=3, per_device_train_batch_size=2, learning_rate=5e-6, report_to="none",
-    save_strategy="no",
-)  # fmt: skip
+    output_dir="outputs", max_steps=3, per_device_train_batch_size=2, learning_rate=5e-6, report_to="none"
+)
 trainer = KTOTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
 trainer.train()
 

@@ -53,9 +53,8 @@ preview(tokens, 2, tokenizer)
 
 # %%
 config = SFTConfig(
-    output_dir="outputs", max_steps=5, per_device_train_batch_size=2, learning_rate=2e-4, report_to="none",
-    save_strategy="no",
-)  # fmt: skip
+    output_dir="outputs", max_steps=5, per_device_train_batch_size=2, learning_rate=2e-4, report_to="none"
+)
 trainer = SFTTrainer(model, args=config, train_dataset=tokens, processing_class=tokenizer)
 trainer.train()
 

@@ -50,9 +50,9 @@ class Preview:
         """Lengths and shares in one line."""
         ordered = sorted(self.lengths)
         half, most = ordered[len(ordered) // 2], ordered[min(len(ordered) * 95 // 100, len(ordered) - 1)]
-        counted = f"the first {len(ordered):,}" if self.more_rows else f"{len(ordered):,}"
+        counted = f"{'the first ' if self.more_rows else ''}{len(ordered):,} row{'s' if len(ordered) > 1 else ''}"
         return (
-            f"{counted} {'row' if counted == '1' else 'rows'}: {sum(ordered):,} tokens, {self.share_trained:.1%} trained; "
+            f"{counted}: {sum(ordered):,} tokens, {self.share_trained:.1%} trained; "
             f"tokens a row: median {half:,}, 95 % below {most + 1:,}, longest {ordered[-1]:,}"
         )
 

@@ -1,8 +1,7 @@
-"""The example scripts run on a small model, and their notebooks hold the same cells."""
+"""The example scripts and notebooks train a small model; each notebook holds the cells of its script."""
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from .conftest import make_small_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("data_*.py"))
+NOTEBOOKS = sorted(EXAMPLES.glob("data_*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +23,27 @@ def test_every_format_has_an_example():
     assert names == {"text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "kto"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_the_script_trains(script: Path, small_model: Path, monkeypatch, tmp_path, capsys):
+def code_of(example: Path) -> str:
+    """The code of a script, or of all cells of a notebook."""
+    text = example.read_text(encoding="utf-8")
+    if example.suffix == ".py":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+@pytest.mark.parametrize("example", [*SCRIPTS, *NOTEBOOKS], ids=lambda example: example.name)
+def test_the_example_trains(example: Path, small_model: Path, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("FASTLLM_EXAMPLE_MODEL", str(small_model))
     monkeypatch.chdir(tmp_path)
-    names = runpy.run_path(str(script), run_name="__main__")
+    (tmp_path / "example.py").write_text(code_of(example), encoding="utf-8")
+    names = runpy.run_path("example.py", run_name="__main__")
     assert names["trainer"].state.global_step == names["config"].max_steps
     assert "stops at" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_the_notebook_holds_the_cells_of_the_script(script: Path):
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from make_notebooks import notebook
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    notebook = runpy.run_path(str(EXAMPLES / "make_notebooks.py"))["notebook"]
     stored = json.loads(script.with_suffix(".ipynb").read_text(encoding="utf-8"))
     assert stored == notebook(script.read_text(encoding="utf-8")), "python examples/make_notebooks.py"
