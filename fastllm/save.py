@@ -37,13 +37,31 @@ def push_to_hub_merged(
     return ModelMethods.push_to_hub_merged(_inner(model), repo_id, tokenizer, save_method, **options)
 
 
+def save_pretrained_gguf(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    quantization_method: Any = "fast_quantized",
+    **options: Any,
+) -> dict[str, Any]:
+    """Save `model` with its active adapters merged as GGUF files; see `ModelMethods.save_pretrained_gguf`."""
+    return ModelMethods.save_pretrained_gguf(_inner(model), save_directory, tokenizer, quantization_method, **options)
+
+
+def push_to_hub_gguf(
+    model: Any, repo_id: str, tokenizer: Any = None, quantization_method: Any = "fast_quantized", **options: Any
+) -> str:
+    """Save `model` as GGUF files and upload them; see `ModelMethods.push_to_hub_gguf`."""
+    return ModelMethods.push_to_hub_gguf(_inner(model), repo_id, tokenizer, quantization_method, **options)
+
+
 def _inner(model: Any) -> Any:
     """The transformers model under PEFT. A learned prompt is no change of any weight, so it can't be merged."""
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         raise UnsupportedError(
             f"{config.peft_type.value} trains a prompt, which can't be merged into weights",
-            where="save_pretrained_merged",
+            where="fastllm.save",
             fix="model.save_pretrained(folder)",
         )
     return unwrapped(model)

@@ -30,7 +30,7 @@ from .vocabulary import SavedTokenizer, vocabulary_metadata
 from .writer import GGUFWriter, gguf_writer
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], object]
 _NOT_EXPORTED = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector)\.|\.rotary_emb\.inv_freq$")
 
 

@@ -334,8 +334,6 @@ def choose_types(
         if chosen[name] is not wanted:
             narrowed.append(f"{name} {wanted.name} -> {chosen[name].name}")
     if narrowed:
-        notice(
-            f"fastllm: rows of {len(narrowed)} tensors do not hold whole blocks: {', '.join(narrowed[:4])}"
-            f"{', ...' if len(narrowed) > 4 else ''}"
-        )
+        listed = f"{', '.join(narrowed[:4])}{', ...' if len(narrowed) > 4 else ''}"
+        notice(f"fastllm: rows of {len(narrowed)} tensors do not hold whole blocks: {listed}", once=f"blocks: {listed}")
     return chosen

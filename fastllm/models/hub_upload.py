@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .._notices import notice, warn
+from .gguf_saving import GgufRequest, check_request, save_gguf
 from .merging import SaveRequest, parse_method, save_merged
-from .patch import unwrapped
+from .model_cards import gguf_card, merged_card
 
 # Weights of an older model in the repository, which the same commit removes where it does not replace them.
-_OLD_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+_OLD_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -41,76 +42,86 @@ def push_merged(
     """Save into `folder`, or a temporary one that goes when the upload is done, and upload it."""
     if folder is not None:
         files = save_merged(model, replace(save, folder=folder))
-        return upload(model, folder, files, save.save_method, upload_request)
+        return upload_merged(model, folder, files, save.save_method, upload_request)
     parse_method(save.save_method)  # before anything is made on the disk
-    temporary = Path(tempfile.mkdtemp(prefix="fastllm-push-", dir=temporary_location))
-    try:
-        files = save_merged(model, replace(save, folder=temporary))
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    try:
-        address = upload(model, temporary, files, save.save_method, upload_request)
-    except BaseException:
-        warn(
-            f"the upload did not finish; the saved model is complete in {temporary}. To go on without saving again:\n"
-            f"  hf upload {upload_request.repo_id} {temporary}"
-        )
-        raise
-    shutil.rmtree(temporary)
-    return address
+    with _temporary_folder(upload_request.repo_id, temporary_location) as temporary:
+        files = save_merged(model, replace(save, folder=temporary.path))
+        temporary.is_complete = True
+        return upload_merged(model, temporary.path, files, save.save_method, upload_request)
 
 
-def upload(model: Any, folder: Path, saved: Iterable[Path], save_method: str, request: UploadRequest) -> str:
-    """Upload the files that were saved in `folder`, and a model card where the repository has none. Returns the
-    commit's address."""
+def push_gguf(model: Any, request: GgufRequest, upload_request: UploadRequest, *, temporary_location: Any) -> str:
+    """Save GGUF files into a temporary folder and upload them. Returns the repository's id."""
+    check_request(model, request)  # before anything is made on the disk
+    with _temporary_folder(upload_request.repo_id, temporary_location) as temporary:
+        written = save_gguf(model, replace(request, folder=temporary.path))
+        temporary.is_complete = True
+        return upload_gguf(model, written, upload_request)
+
+
+def upload_merged(model: Any, folder: Path, saved: Iterable[Path], save_method: str, request: UploadRequest) -> str:
+    """Upload what `save_merged` wrote. Weights of an older model go with the same commit. Returns its address."""
+    method = parse_method(save_method)
+    old = () if method == "lora" else _OLD_WEIGHTS
+    files = {path.relative_to(folder).as_posix(): path for path in saved}
+    return _commit(files, merged_card(model, request.repo_id, method, request.tags), request, replaces=old)[1]
+
+
+def upload_gguf(model: Any, written: Mapping[str, Any], request: UploadRequest) -> str:
+    """Upload what `save_gguf` wrote, beside whatever the repository holds. Returns the repository's id."""
+    paths = [Path(path) for path in (*written["gguf_files"], written["modelfile_location"]) if path is not None]
+    paths += Path(written["gguf_directory"]).glob("*.recipe.json")
+    card = gguf_card(model, request.repo_id, [path.name for path in paths if path.suffix == ".gguf"], request.tags)
+    return _commit({path.name: path for path in paths}, card, request)[0]
+
+
+def _commit(
+    files: Mapping[str, Path], card: str, request: UploadRequest, replaces: Iterable[str] = ()
+) -> tuple[str, str]:
+    """One commit of `files`, of the model card where the repository has none, and without files that match one of
+    `replaces`. Returns (repository, the commit's address)."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=request.token)
     repo_id = api.create_repo(request.repo_id, private=request.private, exist_ok=True).repo_id
     if request.revision is not None and not request.create_pr:
         api.create_branch(repo_id, branch=request.revision, exist_ok=True)
-    files = {path.relative_to(folder).as_posix(): path for path in saved}
     there = set(api.list_repo_files(repo_id, revision=request.revision))
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     if "README.md" not in there and "README.md" not in files:
-        operations.append(CommitOperationAdd("README.md", _model_card(model, repo_id, save_method, request).encode()))
+        operations.append(CommitOperationAdd("README.md", card.encode()))
     elif request.tags:
         notice("fastllm: the repository has a model card already, and tags do not change it")
-    if parse_method(save_method) != "lora":
-        old = [name for name in there - set(files) if any(Path(name).match(pattern) for pattern in _OLD_WEIGHTS)]
-        operations += [CommitOperationDelete(name) for name in old]
+    old = [name for name in there - set(files) if any(Path(name).match(pattern) for pattern in replaces)]
+    operations += [CommitOperationDelete(name) for name in old]
     commit = api.create_commit(
         repo_id, operations, commit_message=request.commit_message, commit_description=request.commit_description,
         revision=request.revision, create_pr=request.create_pr,
     )  # fmt: skip
     notice(f"fastllm: uploaded {len(files)} files to {repo_id}: {commit.commit_url}")
-    return str(commit.commit_url)
+    return str(repo_id), str(commit.commit_url)
 
 
-def _model_card(model: Any, repo_id: str, save_method: str, request: UploadRequest) -> str:
-    from huggingface_hub import ModelCardData
+@dataclass
+class _Temporary:
+    """A folder for files that are uploaded. Once it `is_complete` it outlives an upload that fails."""
 
-    method = parse_method(save_method)
-    base = getattr(unwrapped(model), "name_or_path", "") or ""
-    is_repository = base.count("/") == 1 and not os.path.exists(base)
-    relation = {"lora": "adapter", "merged_4bit": "quantized"}.get(method, "finetune")
-    data = ModelCardData(
-        base_model=base if is_repository else None,
-        base_model_relation=relation if is_repository else None,
-        library_name="peft" if method == "lora" else "transformers",
-        pipeline_tag="text-generation",
-        tags=["fastllm", *request.tags],
-    )
-    made_from = f", made from [{base}](https://huggingface.co/{base})" if is_repository else ""
-    what = "A LoRA adapter" if method == "lora" else "A model"
-    load = (
-        f'AutoPeftModelForCausalLM.from_pretrained("{repo_id}")'
-        if method == "lora"
-        else f'AutoModelForCausalLM.from_pretrained("{repo_id}")'
-    )
-    library = "peft" if method == "lora" else "transformers"
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rsplit('/', 1)[-1]}\n\n{what} trained with fastllm{made_from}.\n\n"
-        f"```python\nfrom {library} import {load.split('.')[0]}\n\nmodel = {load}\n```\n"
-    )
+    path: Path
+    is_complete: bool = False
+
+
+@contextmanager
+def _temporary_folder(repo_id: str, location: Any) -> Iterator[_Temporary]:
+    temporary = _Temporary(Path(tempfile.mkdtemp(prefix="fastllm-push-", dir=location)))
+    try:
+        yield temporary
+    except BaseException:
+        if not temporary.is_complete:
+            shutil.rmtree(temporary.path, ignore_errors=True)
+            raise
+        warn(
+            f"the upload did not finish; the saved model is complete in {temporary.path}. To go on without saving"
+            f" again:\n  hf upload {repo_id} {temporary.path}"
+        )
+        raise
+    shutil.rmtree(temporary.path)

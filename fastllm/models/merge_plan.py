@@ -102,13 +102,13 @@ class Weight:
             return self.source.data(self.stored_as)
         return self.stored().flatten().view(torch.uint8)
 
-    def merged(self, dtype: torch.dtype | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, block of rows) with all edits applied, unrounded, in fp32 (fp64 for fp64) or in `dtype`."""
+    def merged(self, device: torch.device | str = "cpu") -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, block of rows) with all edits applied on `device`, unrounded, in fp32 (fp64 for fp64)."""
         stored = self.stored()
-        dtype = dtype or (torch.float64 if stored.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
         rows = max(1, _BLOCK_VALUES // max(1, stored[:1].numel()))
         for start in range(0, stored.shape[0], rows):
-            yield start, self.merge_rows(stored[start : start + rows].to(dtype), start)
+            yield start, self.merge_rows(stored[start : start + rows].to(device, dtype), start)
 
     def merge_rows(self, stored: torch.Tensor, start: int) -> torch.Tensor:
         """The rows `stored`, which begin at `start`, with all edits applied in their dtype."""

@@ -96,7 +96,7 @@ def save_merged(model: Any, request: SaveRequest) -> list[Path]:
         return [request.folder / file for file in files]
     max_bytes = None if request.max_shard_size is None else parse_size(request.max_shard_size)
     plan = plan_merge(model, max_shard_bytes=max_bytes, four_bit=method == "merged_4bit")
-    _tell_source(model, plan)
+    tell_source(model, plan)
     with staged_folder(request.folder, plan.num_bytes) as staging:
         checksums = write_weights(plan, staging)
         _save_configs(model, plan, staging)
@@ -136,16 +136,17 @@ def _entries(plan: MergePlan, names: list[str]) -> list[TensorEntry]:
 def _encoded(plan: MergePlan, weight: Weight) -> Iterator[tuple[str, torch.Tensor]]:
     """(stored name, block) in the order of the bytes: copied, or merged in fp32 and rounded once."""
     if plan.encoder is not None and plan.encoder.is_quantized(weight.name):
-        whole = torch.cat([_finite(weight, block) for _, block in weight.merged()])
+        whole = torch.cat([finite_block(weight, block) for _, block in weight.merged()])
         yield from plan.encoder.encode(weight.name, whole.float()).items()
     elif not weight.edits:
         yield weight.name, weight.data()
     else:
         for _, block in weight.merged():
-            yield weight.name, _finite(weight, block.to(weight.entry.torch_dtype))
+            yield weight.name, finite_block(weight, block.to(weight.entry.torch_dtype))
 
 
-def _finite(weight: Weight, block: torch.Tensor) -> torch.Tensor:
+def finite_block(weight: Weight, block: torch.Tensor) -> torch.Tensor:
+    """`block` of a merged weight; raises `ModelError` where it holds a NaN or an infinity."""
     if not bool(torch.isfinite(block).all()):
         raise ModelError(
             f"merged, it holds values that {block.dtype} can't hold or that are not numbers",
@@ -173,8 +174,8 @@ def _require_own_folder(model: Any, folder: Path, conflicting: str) -> None:
         )
 
 
-def _save_configs(model: Any, plan: MergePlan, folder: Path) -> None:
-    """config.json and generation_config.json as the base has them, with what changed."""
+def merged_config(model: Any, plan: MergePlan) -> Any:
+    """The base's config with what the merge changes."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -186,7 +187,12 @@ def _save_configs(model: Any, plan: MergePlan, folder: Path) -> None:
     config.dtype = plan.dtype
     config.architectures = [type(plan.twin).__name__]
     config.use_cache = True  # training switches it off
-    config.save_pretrained(folder)
+    return config
+
+
+def _save_configs(model: Any, plan: MergePlan, folder: Path) -> None:
+    """config.json, and generation_config.json as the base has it."""
+    merged_config(model, plan).save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         # Not its save_pretrained, which refuses what the base itself came with, such as a temperature without sampling.
@@ -212,7 +218,8 @@ def _padding_left(tokenizer: Any) -> Iterator[None]:
         tokenizer.padding_side = side
 
 
-def _tell_source(model: Any, plan: MergePlan) -> None:
+def tell_source(model: Any, plan: MergePlan) -> None:
+    """Tell what is not as usual about a merge: its source, its precision, weights and adapters left apart."""
     quantized = any(tensor.is_quantized for tensor in plan.adapters.loaded.values())
     if plan.base is None:
         from_what = "the loaded weights, dequantised" if quantized else "the loaded weights"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..gguf import ExportPlan
     from .patch import FastReport
 
 # Attribute of the model and of each decoder layer that leads to the model's ActivationPlanner.
@@ -82,7 +83,7 @@ class ModelMethods:
             ModelError: what was read back differs from the trained model.
             SaveError: the disk is too small, or the folder can't be written.
         """
-        from .hub_upload import UploadRequest, upload
+        from .hub_upload import UploadRequest, upload_merged
         from .merging import SaveRequest, save_merged
         from .save_options import settle_save_options
 
@@ -93,7 +94,7 @@ class ModelMethods:
         saved = save_merged(self, SaveRequest(folder, tokenizer, save_method, max_shard_size))
         if push_to_hub:
             request = UploadRequest(folder.resolve().name, token=token, tags=tuple(tags or ()))
-            upload(self, folder, saved, save_method, request)
+            upload_merged(self, folder, saved, save_method, request)
         return folder
 
     def push_to_hub_merged(
@@ -137,3 +138,134 @@ class ModelMethods:
         folder = None if use_temp_dir in (None, True) else Path(repo_id.rsplit("/", 1)[-1])
         request = SaveRequest(folder or Path(), tokenizer, save_method, max_shard_size)
         return push_merged(self, request, upload, folder=folder, temporary_location=temporary_location)
+
+    def save_pretrained_gguf(
+        self,
+        save_directory: str | os.PathLike[str],
+        tokenizer: Any = None,
+        quantization_method: Any = "fast_quantized",
+        first_conversion: str | None = None,
+        push_to_hub: bool = False,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        is_main_process: bool = True,
+        tags: Sequence[str] | None = None,
+        save_method: str | None = None,
+        imatrix_file: str | os.PathLike[str] | None = None,
+        calibration_dataset: Any = None,
+        num_calibration_samples: int = 512,
+        max_seq_length: int = 2048,
+        target_bpw: float | None = None,
+        max_size: int | str | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Save the model with its active adapters merged as GGUF files for llama.cpp, Ollama and LM Studio.
+
+            model.save_pretrained_gguf("assistant", tokenizer, quantization_method=["q4_k_m", "q8_0"])
+
+        writes `assistant_gguf/<base model>.Q4_K_M.gguf`, the same with `.Q8_0`, and a `Modelfile`. Tensors go from the
+        base checkpoint's files (the loaded weights where those are not at hand) straight into the files, merged in fp32
+        and quantized in one pass.
+
+        Args:
+            tokenizer: the one of `from_pretrained` where left out.
+            quantization_method: one or a list of f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m,
+                q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs, q3_k_l, q3_k_m, q3_k_s, q2_k, not_quantized (f16 or bf16, as the
+                model), fast_quantized (q8_0), quantized (q4_k_m); `dynamic_` before one of them gives each tensor the
+                type that its measured sensitivity asks for, in a file of the same size; or a recipe file of such a run.
+            save_method: "lora" writes the adapter alone, `<base model>-lora-f16.gguf`.
+            imatrix_file: an importance matrix of llama.cpp's.
+            calibration_dataset: rows that tell what matters: texts, or chats in any known format. Needed for dynamic
+                quantization; an importance matrix for the static one. `num_calibration_samples` rows are run in
+                chunks of `max_seq_length` tokens.
+            target_bpw, max_size: bits per weight, or bytes (a number, or a text such as "5GB") of the dynamic file.
+            push_to_hub, token, private, tags: also upload the files, to the repository called like the folder.
+            is_main_process: False does nothing, for the other processes of a distributed run.
+            **options: Unsloth's further arguments are accepted, and told where they have no effect.
+
+        Returns: `gguf_files`, `gguf_directory`, `modelfile_location` and the rest of Unsloth's table.
+        Raises: as `fastllm.models.gguf_saving.save_gguf`.
+        """
+        from .calibration import CalibrationData
+        from .gguf_saving import GgufRequest, save_gguf
+        from .save_options import settle_save_options
+
+        settle_save_options("save_pretrained_gguf", {**options, "first_conversion": first_conversion})
+        folder = Path(f"{os.fspath(save_directory).rstrip('/')}_gguf")
+        if not is_main_process:
+            return {}
+        data = None
+        if calibration_dataset is not None:
+            data = CalibrationData(calibration_dataset, num_calibration_samples, max_seq_length)
+        request = GgufRequest(
+            folder, tokenizer, quantization_method, save_method, imatrix_file, data, target_bpw, max_size
+        )
+        written = {**save_gguf(self, request), "save_directory": os.fspath(save_directory)}
+        if push_to_hub:
+            from .hub_upload import UploadRequest, upload_gguf
+
+            name = Path(save_directory).resolve().name
+            upload_gguf(self, written, UploadRequest(name, token=token, private=private, tags=tuple(tags or ())))
+        return written
+
+    def push_to_hub_gguf(
+        self,
+        repo_id: str,
+        tokenizer: Any = None,
+        quantization_method: Any = "fast_quantized",
+        first_conversion: str | None = None,
+        commit_message: str = "Trained with fastllm",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_description: str | None = None,
+        tags: Sequence[str] | None = None,
+        temporary_location: str | os.PathLike[str] | None = None,
+        save_method: str | None = None,
+        imatrix_file: str | os.PathLike[str] | None = None,
+        calibration_dataset: Any = None,
+        num_calibration_samples: int = 512,
+        max_seq_length: int = 2048,
+        target_bpw: float | None = None,
+        max_size: int | str | None = None,
+        **options: Any,
+    ) -> str:
+        """Save as `save_pretrained_gguf` does and upload the files in one commit. Returns the repository's id.
+
+        Arguments are those of `save_pretrained_gguf` and `push_to_hub_merged`.
+        """
+        from .calibration import CalibrationData
+        from .gguf_saving import GgufRequest
+        from .hub_upload import UploadRequest, push_gguf
+        from .save_options import settle_save_options
+
+        settle_save_options("push_to_hub_gguf", {**options, "first_conversion": first_conversion})
+        data = None
+        if calibration_dataset is not None:
+            data = CalibrationData(calibration_dataset, num_calibration_samples, max_seq_length)
+        upload = UploadRequest(
+            repo_id, token=token, private=private, commit_message=commit_message,
+            commit_description=commit_description, revision=revision, create_pr=create_pr, tags=tuple(tags or ()),
+        )  # fmt: skip
+        request = GgufRequest(
+            Path(), tokenizer, quantization_method, save_method, imatrix_file, data, target_bpw, max_size
+        )
+        return push_gguf(self, request, upload, temporary_location=temporary_location)
+
+    def export_plan(
+        self, format: str = "gguf", tokenizer: Any = None, quantization_method: Any = "quantized"
+    ) -> ExportPlan:
+        """What an export would write, known before any training: `print(model.export_plan("gguf").describe())`.
+
+        Raises `UnsupportedError` or `TokenizerError` with the reason why the model can't be exported.
+        """
+        from .._errors import ArgumentError, nearest
+        from .gguf_saving import plan_gguf
+
+        if format != "gguf":
+            hint = nearest(format, ["gguf"])
+            raise ArgumentError(
+                f"no plan for {format!r} {hint}".rstrip(), where="export_plan", fix='model.export_plan("gguf")'
+            )
+        return plan_gguf(self, tokenizer, quantization_method)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ..gguf.conftest import judge as judge
 from .checkpoints import make_base
 
 

@@ -1,4 +1,4 @@
-"""`model.push_to_hub_merged("org/name", tokenizer)`, against a hub that lives in memory."""
+"""`model.push_to_hub_merged("org/name", tokenizer)` and `push_to_hub_gguf`, against a hub that lives in memory."""
 
 import copy
 from dataclasses import dataclass, field
@@ -172,3 +172,54 @@ def test_a_folder_of_ones_own(trained, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model.push_to_hub_merged("me/assistant", tokenizer, use_temp_dir=False)
     assert (tmp_path / "assistant" / "model.safetensors").is_file()
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def test_gguf_files_arrive_in_one_commit(trained, hub, tmp_path, messages):
+    model, tokenizer = trained
+    hub.repositories["me/model"] = {"main": {"model.safetensors": b"theirs"}}
+    repo_id = model.push_to_hub_gguf(
+        "me/model", tokenizer, quantization_method=["q4_0", "q8_0"], token=TOKEN, temporary_location=tmp_path
+    )
+    assert repo_id == "me/model"
+    assert len(hub.commits) == 1
+    files = hub.repositories["me/model"]["main"]
+    assert files.keys() == {"model.safetensors", "llama.Q4_0.gguf", "llama.Q8_0.gguf", "Modelfile", "README.md"}
+    assert files["llama.Q8_0.gguf"][:4] == b"GGUF"
+    card = files["README.md"].decode()
+    assert "`llama.Q4_0.gguf`" in card
+    assert "ollama run hf.co/me/model" in card
+    assert TOKEN not in messages() + card
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gguf_upload_that_fails_keeps_the_files(trained, hub, tmp_path, messages):
+    model, tokenizer = trained
+    hub.fails = True
+    with pytest.raises(ConnectionError):
+        model.push_to_hub_gguf("me/model", tokenizer, temporary_location=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert {path.name for path in kept.iterdir()} == {"llama.Q8_0.gguf", "Modelfile"}
+    assert f"hf upload me/model {kept}" in messages()
+
+
+def test_a_wrong_gguf_request_touches_neither_hub_nor_disk(trained, hub, tmp_path):
+    model, tokenizer = trained
+    for arguments, error in (
+        ({"quantization_method": "q4_k_x"}, UnsupportedError),
+        ({"quantization_method": "dynamic_q4_k_m"}, ArgumentError),
+        ({"comit_message": "x"}, ArgumentError),
+    ):
+        with pytest.raises(error):
+            model.push_to_hub_gguf("me/model", tokenizer, temporary_location=tmp_path, **arguments)
+    assert hub.repositories == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_gguf_with_push_to_hub(trained, hub, tmp_path):
+    model, tokenizer = trained
+    model.save_pretrained_gguf(tmp_path / "assistant", tokenizer, push_to_hub=True, private=True)
+    assert hub.repositories["me/assistant"]["main"].keys() == {"llama.Q8_0.gguf", "Modelfile", "README.md"}
+    assert hub.private == {"me/assistant": True}

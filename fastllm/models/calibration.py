@@ -1,0 +1,135 @@
+"""What calibration data shows of a model: how strong the inputs of each linear layer are, and how much its outputs
+matter.
+
+One pass over the data collects E[x_j^2] by forward hooks and E[g_i^2] by backward ones, g the gradient of the
+log-likelihood of labels that are drawn from the model's own predictions (the diagonal of the Fisher information). No
+weight gets a gradient, so this fits wherever the model can be trained.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from .._errors import ArgumentError, DataError
+from ..gguf.importance import SecondMoments
+from ..text.encoding import RowEncoder
+from ..text.loading import load_chat_data
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Rows to calibrate on: texts, or a data set in any format that `load_chat_data` reads. `max_length` tokens are
+    run at a time."""
+
+    rows: Any
+    num_samples: int = 512
+    max_length: int = 2048
+
+
+@dataclass
+class Moments:
+    """E[x^2] of each column and E[g^2] of each row of linear weights, by the weight's name."""
+
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    num_tokens: int = 0
+
+
+def calibrate(model: Any, tokenizer: Any, data: CalibrationData, *, gradients: bool) -> Moments:
+    """Run the data through a transformers model with or without PEFT's layers in it, as it is now.
+
+    Errors: `DataError` for rows that can't be read, `ArgumentError` for other arguments that make no sense.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or data.max_length
+    chunks = token_chunks(tokenizer, data, min(data.max_length, longest))
+    inputs, outputs = SecondMoments(), SecondMoments()
+    generator = torch.Generator(model.device).manual_seed(0)
+    with _watched(model, inputs, outputs if gradients else None) as embedded, torch.set_grad_enabled(gradients):
+        for chunk in tqdm(chunks, desc="calibrating", unit="chunk", delay=1):
+            logits = model(input_ids=chunk.to(model.device), use_cache=False).logits[0].float()
+            if gradients:
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, labels, reduction="sum").backward(inputs=embedded)
+            embedded.clear()
+    num_tokens = sum(chunk.shape[1] for chunk in chunks)
+    return Moments(inputs.means(), outputs.means() if gradients else {}, num_tokens)
+
+
+def token_chunks(tokenizer: Any, data: CalibrationData, length: int) -> list[torch.Tensor]:
+    """The data as token ids [1, length], documents one after the other; the last chunk may be shorter."""
+    for name in ("num_samples", "max_length"):
+        value = getattr(data, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ArgumentError(f"{name} is {value!r}, not a positive whole number", where="calibration")
+    ids = [token for row in _encoded(tokenizer, data) for token in row]
+    if len(ids) < 2:
+        raise DataError("the calibration data has no text", where="calibration_dataset")
+    return [torch.tensor([ids[start : start + length]]) for start in range(0, len(ids), length)]
+
+
+def _encoded(tokenizer: Any, data: CalibrationData) -> Iterator[list[int]]:
+    if isinstance(data.rows, (str, bytes)) or not isinstance(data.rows, Iterable):
+        raise ArgumentError(
+            f"got a {type(data.rows).__name__}", where="calibration_dataset", fix="pass a data set or a list of texts"
+        )
+    rows: list[Any] = list(islice(data.rows, data.num_samples))
+    if rows and all(isinstance(row, str) for row in rows):
+        rows = [{"text": row} for row in rows]
+    if rows and all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        yield from ([int(token) for token in row["input_ids"]] for row in rows)
+        return
+    encoder = RowEncoder(tokenizer, train_on="all")
+    for row in encoder.encode(list(load_chat_data(rows, show=False))):
+        if isinstance(row, DataError):
+            raise row
+        yield row.input_ids
+
+
+def linear_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name without PEFT, module to watch) of each linear layer; an adapted one is watched as a whole."""
+    inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None) or module
+    if isinstance(inner, nn.Linear):
+        yield name, module
+        return
+    for child_name, child in inner.named_children():
+        yield from linear_layers(child, f"{name}.{child_name}" if name else child_name)
+
+
+@contextmanager
+def _watched(model: Any, inputs: SecondMoments, outputs: SecondMoments | None) -> Iterator[list[torch.Tensor]]:
+    """The model in evaluation mode with hooks. Yields the list that each forward appends its embedded tokens to: with
+    `outputs`, these are where a backward may end."""
+    embedded: list[torch.Tensor] = []
+
+    def see_embedding(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_(outputs is not None))
+        return embedded[-1]
+
+    def watch(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def see(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            inputs.add(name, args[0])
+            if outputs is not None:
+                output.register_hook(functools.partial(outputs.add, name))
+
+        return see
+
+    hooks = [module.register_forward_hook(watch(f"{name}.weight")) for name, module in linear_layers(model)]
+    hooks.append(model.get_input_embeddings().register_forward_hook(see_embedding))
+    was_training = model.training
+    model.eval()
+    try:
+        yield embedded
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
