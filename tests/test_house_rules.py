@@ -31,7 +31,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Libraries that a room may use besides the standard one, where it may not use all.
 LIBRARIES = {"kernels": {"torch", "triton", "xformers"}, "gguf": {"torch", "numpy", "gguf"}}
 SOLE_IMPORTERS = {
-    "bitsandbytes": "models/quantized.py", "triton": "kernels/dispatch.py", "xformers": "kernels/attention.py",
+    "bitsandbytes": "models/quantized.py", "triton": "kernels/dispatch.py", "xformers": "kernels/xformers_attention.py",
 }  # fmt: skip
 FORBIDDEN_CALLS = {"exec", "eval", "compile", "__import__", "os.system", "os.popen", "torch.compile"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "subprocess", "pty"}

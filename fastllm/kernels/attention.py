@@ -6,8 +6,8 @@ The decoder layer's hand-written backward needs attention's forward and backward
 of `torch.nn.functional.scaled_dot_product_attention` are called through their own operators; every other case (masks,
 CPU, other attention functions) runs under autograd and keeps its graph in between.
 
-Shapes: q, out [B, H, S, E]; k, v [B, K, S, E] with H a multiple of K (grouped queries are never expanded, except by
-the memory-efficient kernel, which has no other way).
+Shapes: q, out [B, H, S, E]; k, v [B, K, S, E] with H a multiple of K. Key and value heads are repeated for their groups
+of query heads only where a kernel has no other way: the memory-efficient one, xformers, and masks.
 Source: Dao, "FlashAttention-2", arXiv 2307.08691.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .xformers_attention import xformers_backward, xformers_forward, xformers_serves
 
 aten = torch.ops.aten
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -67,7 +69,7 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case:
 def choose_backend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, *, allow_cudnn: bool = True
 ) -> str:
-    """`cudnn`, `flash` or `efficient`: a CUDA kernel called directly; `autograd`: anything else.
+    """`cudnn`, `flash`, `xformers` or `efficient`: a CUDA kernel called directly; `autograd`: anything else.
 
     cuDNN is the fastest on Hopper and later, but compiles a plan for each new shape: `allow_cudnn=False` is for shapes
     that will not come again. A layer that recomputes its forward passes the same choice: both give the same bits.
@@ -82,6 +84,8 @@ def choose_backend(
         return "cudnn"
     if not deterministic and torch.backends.cuda.can_use_flash_attention(params):
         return "flash"
+    if not deterministic and xformers_serves(q, case.dropout):
+        return "xformers"
     if torch.backends.cuda.can_use_efficient_attention(params) or q.shape[1] != k.shape[1]:
         return "efficient"
     return "autograd"
@@ -108,6 +112,9 @@ def attention_forward(
         out, *rest = aten._scaled_dot_product_flash_attention(q, k, v, case.dropout, True, False, scale=case.scaling)
         return AttentionResult(out, backend, tuple(rest))
     k, v = _expanded(k, q), _expanded(v, q)
+    if backend == "xformers":
+        out, lse = xformers_forward(q, k, v, case.scaling)
+        return AttentionResult(out, backend, (lse,))
     out, *rest = aten._scaled_dot_product_efficient_attention(
         q, k, v, None, True, case.dropout, True, scale=case.scaling
     )
@@ -123,6 +130,10 @@ def attention_backward(
         out, leaves = saved
         dq, dk, dv = torch.autograd.grad(out, leaves, dout)
         return dq, dk, dv
+    if result.backend == "xformers":
+        (lse,) = saved
+        dq, dk, dv = xformers_backward(dout, result.out, lse, q, _expanded(k, q), _expanded(v, q), case.scaling)
+        return dq, _summed(dk, k), _summed(dv, v)
     if result.backend == "efficient":
         lse, seed, offset = saved
         wide_k, wide_v = _expanded(k, q), _expanded(v, q)
