@@ -15,6 +15,7 @@ from .formats import CONVERSATION_COLUMNS, FORMATS, canonical, columns_read, con
 from .sources import (
     OnError,
     Row,
+    as_rows,
     batches_of,
     change_rows,
     check_choice,
@@ -43,7 +44,7 @@ def load_chat_data(
     tokenizer: Any = None,
     show: bool = True,
 ) -> Any:
-    """Training data from a file, a folder, the hub, a data set, a stream or a list of rows, in the form trainers take.
+    """Training data from a file, a folder, the hub, a data set, a stream, a table or rows, in the form trainers take.
 
     Files may be JSON, JSONL, CSV, TSV, Parquet or plain text. The format is detected (text, Alpaca, ShareGPT, messages,
     prompt-completion, preference pairs, KTO rows; see `fastllm.text.formats`) and told with one example and the columns
@@ -64,7 +65,7 @@ def load_chat_data(
         raise ArgumentError(f"no format is called {format!r} {nearest(format, FORMATS)}".rstrip(), where="format",
                             fix=f"one of {', '.join(FORMATS)}")  # fmt: skip
     named = isinstance(path_or_dataset, (str, Path))
-    data = open_rows(path_or_dataset, split=split, streaming=streaming) if named else path_or_dataset
+    data = open_rows(path_or_dataset, split=split, streaming=streaming) if named else as_rows(path_or_dataset)
     if isinstance(data, Iterator):
         data = list(data)
     if isinstance(data, Mapping):

@@ -46,12 +46,13 @@ def train_on_responses_only(
     from a batch `{"input_ids": [[...]]}` to `{"labels": [[...]]}` is returned; `trainer` may be None then.
 
     Rows left without a trained token are dropped, counted and told. A doubled BOS token is made single. `num_proc` is
-    accepted and not needed.
+    accepted, told and not needed.
 
     Errors: `ArgumentError` (a `ValueError`) if only one part is given, `DataError` with a decoded row if nearly all
     rows have no answer, `TokenizerError` without a chat template and parts.
     """
-    del num_proc
+    if num_proc is not None:
+        notice(f"fastllm: num_proc={num_proc} is not needed: one process masks the rows", once="data:num_proc")
     tokenizer = tokenizer or getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
     if tokenizer is None:
         raise ArgumentError(

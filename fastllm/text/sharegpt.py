@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._errors import ArgumentError, DataError, UnsupportedError
+from .._notices import notice
 from .formats import CONTENT_KEYS, CONVERSATION_COLUMNS, ROLE_KEYS, conversation_column, without_nulls
 from .sources import (
     Row,
@@ -56,7 +57,8 @@ def standardize_data_formats(
 
     Errors: `UnknownRoleError` (a `TypeError`) for a role that is no alias, `DataError` for unreadable messages.
     """
-    del num_proc
+    if num_proc is not None:
+        notice(f"fastllm: num_proc={num_proc} is not needed: one process converts the rows", once="data:num_proc")
     probe = dataset[next(iter(dataset))] if is_split_dict(dataset) else dataset
     column = next((name for name in CONVERSATION_COLUMNS if name in column_names(probe)), None)
     if column is None:

@@ -193,29 +193,63 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def open_rows(source: str | Path, *, split: str = "train", streaming: bool = False) -> Any:
-    """The rows of a file, a folder written by `Dataset.save_to_disk`, or a data set of the hub.
+    """The rows of a file, a folder (of files, or written by `Dataset.save_to_disk`), or a data set of the hub.
 
     JSON comes as an iterable of rows, whatever differs between them; everything else as `datasets` reads it.
     Errors: `DataError` for a file that is missing or broken (with its line), `UnsupportedError` for another ending.
     """
     path = Path(source)
-    ending = path.suffix.lower()
     if path.is_dir():
-        from datasets import load_from_disk
-
-        return load_from_disk(str(path))
+        return _from_folder(path, streaming)
     if not path.exists():
         return _from_hub(str(source), split, streaming)
+    return _from_files([path], streaming)
+
+
+def _from_folder(folder: Path, streaming: bool) -> Any:
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        from datasets import load_from_disk
+
+        return load_from_disk(str(folder))
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in KNOWN_ENDINGS)
+    endings = sorted({path.suffix.lower() for path in files})
+    if len(endings) == 1:
+        return _from_files(files, streaming)
+    found = f"files of several kinds: {', '.join(endings)}" if endings else "no file of training data"
+    raise DataError(f"the folder has {found}", where=str(folder), fix=f"name one file ({', '.join(KNOWN_ENDINGS)})")
+
+
+def _from_files(paths: Sequence[Path], streaming: bool) -> Any:
+    """The rows of files with the same ending, one file after the other."""
+    ending = paths[0].suffix.lower()
     if ending in _JSON_ENDINGS:
-        return JsonRows(path)
+        return JsonRows(paths)
     if ending == ".txt":
-        return TextLines(path)
+        return TextLines(paths)
     if ending in _TABLE_READERS:
         from datasets import load_dataset
 
         reader, options = _TABLE_READERS[ending]
-        return load_dataset(reader, data_files=str(path), split="train", streaming=streaming, **options)
-    raise UnsupportedError(f"no reader for {ending!r} files", where=str(path), fix=f"use {', '.join(KNOWN_ENDINGS)}")
+        names = list(map(str, paths))
+        return load_dataset(reader, data_files=names, split="train", streaming=streaming, **options)
+    fix = f"use {', '.join(KNOWN_ENDINGS)}"
+    raise UnsupportedError(f"no reader for {ending!r} files", where=str(paths[0]), fix=fix)
+
+
+def as_rows(data: Any) -> Any:
+    """Tables that are neither data sets nor rows, as a `Dataset`: a pandas data frame, or a dict of columns."""
+    from datasets import Dataset
+
+    if hasattr(data, "iloc") and hasattr(data, "to_dict"):
+        return Dataset.from_pandas(data, preserve_index=False)
+    if isinstance(data, Mapping) and data and all(_is_column(values) for values in data.values()):
+        return Dataset.from_dict(dict(data))
+    return data
+
+
+def _is_column(values: Any) -> bool:
+    """Whether `values` is a column of a table, not the rows of a split."""
+    return isinstance(values, (list, tuple)) and not (values and isinstance(values[0], Mapping))
 
 
 def _from_hub(name: str, split: str, streaming: bool) -> Any:
@@ -228,27 +262,33 @@ def _from_hub(name: str, split: str, streaming: bool) -> Any:
 
 
 class JsonRows:
-    """The rows of a JSON file, one object a line or one array of objects, read again each time they are iterated."""
+    """The rows of JSON files, one object a line or one array of objects, read again each time they are iterated."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
 
     def __iter__(self) -> Iterator[Row]:
-        with self.path.open(encoding="utf-8-sig") as file:
-            start = next((character for line in file for character in line if not character.isspace()), "")
-            file.seek(0)
-            yield from _array(file, self.path) if start == "[" else _lines(file, self.path)
+        for path in self.paths:
+            with path.open(encoding="utf-8-sig") as file:
+                start = next((character for line in file for character in line if not character.isspace()), "")
+                file.seek(0)
+                yield from _array(file, path) if start == "[" else _lines(file, path)
 
 
 class TextLines:
-    """The paragraphs of a text file, which blank lines part, each as a row with the column `text`."""
+    """The paragraphs of text files, which blank lines part, each as a row with the column `text`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
 
     def __iter__(self) -> Iterator[Row]:
+        for path in self.paths:
+            yield from self._paragraphs(path)
+
+    @staticmethod
+    def _paragraphs(path: Path) -> Iterator[Row]:
         paragraph: list[str] = []
-        with self.path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for line in file:
                 if line.strip():
                     paragraph.append(line)

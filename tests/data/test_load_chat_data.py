@@ -82,6 +82,30 @@ def test_a_saved_data_set_and_splits(tmp_path: Path):
     assert splits["test"][0] == EXAMPLES["alpaca"][1]
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_a_folder_of_files_is_read_in_the_order_of_their_names(ending: str, tmp_path: Path):
+    for name in ("b", "a"):
+        write(tmp_path, ending, [{"text": name}]).rename(tmp_path / f"{name}{ending}")
+    (tmp_path / "README.md").write_text("# Data")
+    assert load_chat_data(tmp_path, show=False)["text"] == ["a", "b"]
+    (tmp_path / "c.txt").write_text("c")
+    with pytest.raises(ValueError, match="files of several kinds"):
+        load_chat_data(tmp_path)
+
+
+def test_an_empty_folder_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="no file of training data"):
+        load_chat_data(tmp_path)
+
+
+def test_tables_of_columns():
+    columns = {"instruction": ["A", "B"], "output": ["a", "b"]}
+    expected = [{"messages": talk("A", "a")}, {"messages": talk("B", "b")}]
+    assert list(load_chat_data(columns, show=False)) == expected
+    frame = pytest.importorskip("pandas").DataFrame(columns, index=[7, 9])
+    assert list(load_chat_data(frame, show=False)) == expected
+
+
 def test_streams_stay_streams_and_read_nothing_ahead(tmp_path: Path):
     data = load_chat_data(write(tmp_path, ".jsonl", [EXAMPLES["sharegpt"][0]] * 3), streaming=True, show=False)
     assert isinstance(data, IterableDataset)

@@ -7,6 +7,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fastllm import FastLanguageModel
 from fastllm.chat_templates import get_chat_template, standardize_sharegpt, train_on_responses_only
+from fastllm.data import load_chat_data
 
 from .conftest import make_small_model
 
@@ -79,3 +80,13 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(folder, tmp_path):
     for name, weight in resumed.model.named_parameters():
         if weight.requires_grad:
             assert torch.equal(weight, expected[name]), name
+
+
+def test_loaded_messages_go_straight_into_a_trainer(folder, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), max_seq_length=128, load_in_4bit=False)
+    tokenizer = get_chat_template(tokenizer, "chatml")
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
+    data = load_chat_data(ROWS, show=False)
+    trainer = train_on_responses_only(SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer))
+    assert trained_text(trainer, trainer.train_dataset) == ANSWERS
+    assert trainer.train().training_loss > 0

@@ -1,11 +1,14 @@
 """The table of templates and what they render, byte for byte."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fastllm.chat_templates import CHAT_TEMPLATES, DEFAULT_SYSTEM_MESSAGE
+from fastllm import chat_templates
+from fastllm.chat_templates import CHAT_TEMPLATES, DEFAULT_SYSTEM_MESSAGE, get_chat_template
 from fastllm.chat_templates import test_chat_templates as check_chat_templates
 from fastllm.text.rendering import ChatRenderer
 from fastllm.text.sandbox import TemplateError
@@ -15,7 +18,7 @@ from .conftest import RealTokenizers, talk
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_renderings.json").read_text(encoding="utf-8"))
 
-MISSION_NAMES = (
+FIRST_NAMES = (
     "unsloth zephyr chatml mistral llama vicuna vicuna_old,vicuna old,alpaca gemma gemma_chatml gemma2 gemma2_chatml "
     "llama-3 llama3 phi-3 phi-35 phi-3.5 llama-3.1 llama-31 llama-3.2 llama-3.3 llama-32 llama-33 qwen-2.5 qwen-25 "
     "qwen25 qwen2.5 phi-4 gemma-3 gemma3"
@@ -40,7 +43,7 @@ def renderer(name: str, **variables) -> ChatRenderer:
 
 
 def test_all_names_are_there_in_the_documented_order():
-    mission = [name for part in MISSION_NAMES.split(",") for name in ([part] if part == "vicuna old" else part.split())]
+    mission = [name for part in FIRST_NAMES.split(",") for name in ([part] if part == "vicuna old" else part.split())]
     assert len(mission) == 31
     assert list(CHAT_TEMPLATES) == [*mission, *NEWER_NAMES.split(), *SPELLINGS.split()]
     assert list(DEFAULT_SYSTEM_MESSAGE) == list(CHAT_TEMPLATES)
@@ -161,7 +164,6 @@ def test_no_template_writes_pythons_notation_of_a_list(name: str):
      ("zephyr", "starcoder")],
 )  # fmt: skip
 def test_tokens_are_those_of_apply_chat_template(name: str, vocabulary: str, real: RealTokenizers):
-    from fastllm.chat_templates import get_chat_template
     from fastllm.data import RowEncoder
 
     tokenizer = get_chat_template(real(vocabulary), name, map_eos_token=False)
@@ -201,6 +203,27 @@ def test_the_table_takes_templates_of_ones_own():
 
 def test_the_self_check_passes():
     assert check_chat_templates()
+
+
+def test_the_vocabulary_of_a_gguf_file_is_compared(toy, monkeypatch):
+    class Llama:
+        """`llama_cpp.Llama` with this tokenizer's vocabulary; another one where the file says so."""
+
+        def __init__(self, path: str, vocab_only: bool, verbose: bool) -> None:
+            self.shift = path.startswith("other")
+
+        def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+            ids = toy(text.decode(), add_special_tokens=add_bos)["input_ids"]
+            return [*ids[:3], ids[3] + self.shift, *ids[4:]]
+
+    get_chat_template(toy, "chatml")
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
+    assert chat_templates.test_hf_gguf_equivalence(toy, "model.gguf")
+    with pytest.raises(ValueError, match=r"other\.gguf: token 3 is"):
+        chat_templates.test_hf_gguf_equivalence(toy, "other.gguf")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ImportError, match="pip install llama-cpp-python"):
+        chat_templates.test_hf_gguf_equivalence(toy)
 
 
 def test_importing_stays_quick_and_loads_no_heavy_package():
