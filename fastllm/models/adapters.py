@@ -207,7 +207,7 @@ def _loftq(model: Any, request: AdapterRequest) -> dict[str, Any]:
         )
     if importlib.util.find_spec("scipy") is None:
         raise MissingPackageError("PEFT's LoftQ needs scipy", where="init_lora_weights", fix="pip install scipy")
-    return {"loftq_config": dict(request.loftq_config or {"loftq_bits": 4})}
+    return {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1, **(request.loftq_config or {})}}
 
 
 def _same_adapter(model: Any, request: AdapterRequest) -> Any:

@@ -105,7 +105,7 @@ def test_how_the_base_is_held(checkpoint, flags, kind):
     model, _ = FastLanguageModel.from_pretrained(checkpoint, **flags)
     assert type(model.model.layers[0].mlp.up_proj).__name__ == kind
     model = FastLanguageModel.get_peft_model(model)
-    ids = torch.randint(6, 400, (2, 16))
+    ids = torch.randint(6, 400, (2, 16), device=model.device)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -119,7 +119,7 @@ def test_full_finetuning_trains_everything_and_adds_no_adapter(checkpoint, messa
     model, _ = FastLanguageModel.from_pretrained(checkpoint, full_finetuning=True)
     assert FastLanguageModel.get_peft_model(model) is model
     assert "no adapter is added" in messages()
-    ids = torch.randint(6, 400, (2, 16))
+    ids = torch.randint(6, 400, (2, 16), device=model.device)
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.fast_report().num_fused == 2
@@ -162,7 +162,7 @@ def test_an_unknown_architecture_loads_with_a_notice_or_raises(tmp_path, message
     assert "'gpt2' has no fast classes yet" in messages()
     assert "transformers' own forward" in str(model.fast_report())
     model = FastLanguageModel.get_peft_model(model, target_modules=["c_attn"])
-    ids = torch.randint(6, 400, (2, 16))
+    ids = torch.randint(6, 400, (2, 16), device=model.device)
     model(input_ids=ids, labels=ids).loss.backward()
     with pytest.raises(ModelError, match="strict=True"):
         FastLanguageModel.from_pretrained(folder, max_seq_length=128, load_in_4bit=False, strict=True)
@@ -222,7 +222,8 @@ def test_dtype_is_the_machine_s(checkpoint, messages):
 @pytest.mark.parametrize("dtype", [None, torch.float16, "bfloat16"])
 def test_dtype_as_asked(checkpoint, dtype):
     model, _ = FastLanguageModel.from_pretrained(checkpoint, dtype=dtype, load_in_4bit=False)
-    expected = {None: torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    of_the_machine = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    expected = {None: of_the_machine, "bfloat16": torch.bfloat16}.get(dtype, dtype)
     assert model.dtype is expected
 
 
@@ -289,7 +290,7 @@ def test_embeddings_named_as_targets_are_trained_in_full(checkpoint, messages):
     assert "trained in full" in messages()
     full = {name: p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name}
     assert {p.dtype for p in full.values()} == {torch.float32} and len(full) == 2
-    ids = torch.randint(6, 400, (2, 16))
+    ids = torch.randint(6, 400, (2, 16), device=model.device)
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in full.values())
 

@@ -201,7 +201,8 @@ left = sorted(".".join(key) for key in before if restored.get(key) != before[key
 print("CHANGED", changed)
 print("LEFT", left)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr
     changed = next(line for line in result.stdout.splitlines() if line.startswith("CHANGED"))
     names = [name.strip("[]' ") for name in changed.removeprefix("CHANGED").split(",")]
     assert names and all(name.startswith("trl.") and name.endswith(".__init__") for name in names), changed

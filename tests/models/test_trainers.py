@@ -183,9 +183,10 @@ def test_trl_s_head_and_ours_agree(loaded, tmp_path, monkeypatch):
     """The same run through TRL's own fused head and through the one bound in its place."""
     from fastllm.models import trl_training
 
-    ours, ours_weights = sft_run(*loaded(load_in_4bit=False), tmp_path / "a")
+    precision = {"bf16": False, "fp16": False}
+    ours, ours_weights = sft_run(*loaded(load_in_4bit=False, dtype=torch.float32), tmp_path / "a", **precision)
     monkeypatch.setattr(trl_training, "_bind_fused_head", lambda base: None)
-    theirs, their_weights = sft_run(*loaded(load_in_4bit=False), tmp_path / "b")
+    theirs, their_weights = sft_run(*loaded(load_in_4bit=False, dtype=torch.float32), tmp_path / "b", **precision)
     assert ours == pytest.approx(theirs, rel=2e-6)
     for name, weight in ours_weights.items():
         torch.testing.assert_close(weight, their_weights[name], rtol=1e-3, atol=1e-5)
