@@ -7,7 +7,8 @@ recomputed from their inputs in one pass each, down's output never), recomputati
 backward that follows it, host time falls, and each layer has one knob, `Keep`, for the memory planner.
 
 Shapes: x, y [B, S, D]; inside, rows [T, D] with T = B * S. Heads as [B, heads, S, head_dim].
-Dtypes: the residual stream keeps x's dtype; matrix products run in the compute dtype (autocast's, else x's).
+Dtypes: the residual stream keeps x's dtype; matrix products run in the compute dtype (autocast's, else the weights').
+Source: Touvron et al., "LLaMA", arXiv 2302.13971, section 2.2; norms of query and key heads: Qwen3.
 """
 
 import enum
@@ -16,9 +17,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import AttentionCase, AttentionResult, attention_backward, attention_forward, choose_backend
+from .attention import (
+    AttentionCase,
+    AttentionResult,
+    attention_backward,
+    attention_forward,
+    attention_reference,
+    choose_backend,
+)
 from .dispatch import compute_dtype, no_autocast, rows_of
-from .glu import glu_backward, glu_forward
+from .glu import glu_backward, glu_forward, glu_reference
 from .lora import (
     PARAMETERS_PER_PROJECTION,
     PreparedGroup,
@@ -29,9 +37,11 @@ from .lora import (
     parameter_grads,
     prepare,
     project,
+    project_reference,
 )
-from .rms_norm import rms_norm_backward, rms_norm_forward
-from .rope import rope_apply
+from .random_state import random_state, replayed
+from .rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
+from .rope import rope_apply, rope_reference
 
 
 class Keep(enum.Enum):
@@ -129,11 +139,6 @@ def decoder_layer_reference(
     x: torch.Tensor, layer: DecoderLayer, cos: torch.Tensor, sin: torch.Tensor, case: AttentionCase
 ) -> torch.Tensor:
     """The definition, differentiable, built from the reference of each part (no dropout)."""
-    from .attention import attention_reference
-    from .glu import glu_reference
-    from .lora import project_reference
-    from .rms_norm import rms_norm_reference
-    from .rope import rope_reference
 
     def norm(value: torch.Tensor, weights: Norm) -> torch.Tensor:
         return rms_norm_reference(value, weights.weight, weights.eps, offset=weights.offset)
@@ -157,7 +162,7 @@ class _DecoderLayer(torch.autograd.Function):
         ctx.layer, ctx.call, ctx.dtype = layer, call, compute_dtype(x, layer.qkv.dtype)
         needs_backward = any(ctx.needs_input_grad)
         keep_all = needs_backward and call.keep is Keep.ALL
-        ctx.rng = _rng_state(x.device) if needs_backward and not keep_all and _is_random(layer, call) else None
+        ctx.rng = random_state(x.device) if needs_backward and not keep_all and _is_random(layer, call) else None
         with no_autocast(x.device.type):
             weights = _Weights(layer, ctx.dtype, shared=False)
             state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=keep_all)
@@ -187,7 +192,7 @@ class _DecoderLayer(torch.autograd.Function):
             is_fresh = state is None
             if state is None:
                 x = fetch() if fetch is not None else saved[-1]
-                with _rng(ctx.rng, x.device):
+                with replayed(ctx.rng, x.device):
                     state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=True, backend=ctx.backend)
                     # Down's masks come after every other random number of the layer.
                     gate, _ = _gate_and_up(layer, state.gate_up)
@@ -460,29 +465,3 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 def _is_random(layer: DecoderLayer, call: LayerCall) -> bool:
     return call.attention.dropout > 0 or any(group.has_dropout for group in layer.groups())
-
-
-def _rng_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-class _rng:
-    """Context that replays a saved random state and puts the present one back."""
-
-    def __init__(self, state: torch.Tensor | None, device: torch.device) -> None:
-        self._state, self._device = state, device
-
-    def __enter__(self) -> None:
-        if self._state is not None:
-            self._present = _rng_state(self._device)
-            self._set(self._state)
-
-    def __exit__(self, *_) -> None:
-        if self._state is not None:
-            self._set(self._present)
-
-    def _set(self, state: torch.Tensor) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(state, self._device)
-        else:
-            torch.set_rng_state(state)

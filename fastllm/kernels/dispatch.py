@@ -5,7 +5,6 @@ reference runs everywhere else, and is what the tests compare the kernels with. 
 `triton` from here, so they can be imported on machines without Triton.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -36,7 +35,6 @@ except ImportError:  # macOS, Windows: the kernels below are never launched, onl
         return function
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A plain global: the backward of CUDA tensors runs in autograd's own threads, which see no context variable.
 _forced: str | None = None

@@ -14,7 +14,7 @@ _BLOCK = 1024
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """act(gate) * up with gradients for both."""
+    """act(gate) * up `[..., F]` in gate's dtype, with gradients for both. Other activations raise a ValueError."""
     if use_triton(gate):
         return _Glu.apply(gate, up, activation)
     return glu_reference(gate, up, activation)
@@ -150,9 +150,6 @@ class _Glu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
-        dgate, dup = (
-            torch.empty_like(gate, memory_format=torch.contiguous_format),
-            torch.empty(up.shape, dtype=up.dtype, device=up.device),
-        )
+        dgate, dup = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
         glu_backward(rows_of(dh), rows_of(gate), rows_of(up), ctx.activation, rows_of(dgate), rows_of(dup))
         return dgate, dup, None

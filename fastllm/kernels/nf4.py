@@ -50,9 +50,10 @@ def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype, *, out: torch.Tensor |
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     columns = weight.shape[1]
-    whole_blocks = columns % weight.blocksize == 0 or out.stride(0) == columns
-    # Triton's interpreter and the reference agree; a block that straddles a row end needs a contiguous target.
-    if not (use_triton(out) and whole_blocks and weight.shape[0] * columns % weight.blocksize == 0):
+    # The kernel writes whole blocks, each in one piece: one that straddles a row end needs a contiguous target.
+    has_whole_blocks = weight.shape[0] * columns % weight.blocksize == 0
+    blocks_in_one_piece = columns % weight.blocksize == 0 or out.stride(0) == columns
+    if not (use_triton(out) and has_whole_blocks and blocks_in_one_piece):
         return out.copy_(dequantize_nf4_reference(weight, out.dtype))
     num_blocks = weight.packed.numel() * 2 // weight.blocksize
     blocks_per_row = columns // weight.blocksize if columns % weight.blocksize == 0 else num_blocks
@@ -79,9 +80,7 @@ def dequantize_nf4_reference(weight: Nf4Weight, dtype: torch.dtype) -> torch.Ten
     values = torch.nn.functional.embedding(weight.packed.flatten().int(), pairs).flatten()[:count]
     full = values.numel() // weight.blocksize * weight.blocksize
     body = values[:full].view(-1, weight.blocksize) * absmax[: full // weight.blocksize, None]
-    tail = (
-        values[full:] * absmax[full // weight.blocksize :].repeat_interleave(weight.blocksize)[: values.numel() - full]
-    )
+    tail = values[full:] * absmax[full // weight.blocksize :].repeat_interleave(weight.blocksize)[: count - full]
     return torch.cat((body.flatten(), tail)).view(weight.shape).to(dtype)
 
 

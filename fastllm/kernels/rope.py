@@ -49,7 +49,10 @@ def rope_apply(
     *,
     inverse: bool = False,
 ) -> None:
-    """Write the rotation of q and k into `q_out` and `k_out`, which may be q and k themselves (in place)."""
+    """Write the rotation of q and k into `q_out` and `k_out`, which may be q and k themselves (in place).
+
+    On the Triton path a tensor without unit stride along its last dimension raises a ValueError.
+    """
     if not use_triton(q):
         q_out.copy_(rope_reference(q, cos, sin, inverse=inverse))
         k_out.copy_(rope_reference(k, cos, sin, inverse=inverse))

@@ -308,7 +308,7 @@ LAYER = {
         layer("llama_dense"),
     ),
     "other_dropout_when_recomputed": Bug(
-        "with _rng(ctx.rng, x.device):", "with _rng(None, x.device):",
+        "with replayed(ctx.rng, x.device):", "with replayed(None, x.device):",
         checks(check_keep_modes, Spec(dropout=0.3, weights="dense"), on="reference"),
     ),
     "dropout_masks_forgotten_when_recomputed": Bug(
