@@ -120,7 +120,7 @@ def _persistent(module: nn.Module) -> set[str]:
 def _replace(weights: AdaptedWeights, name: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise ModelError("it was trained, but is offloaded and not in memory", where=name)
-    weights.edits[name].append(Replace(tensor))
+    weights.edits[name].append(Replace(tensor, weights.loaded[name].raw.dtype))
 
 
 def _note_active(weights: AdaptedWeights, module: Any, name: str, held: Any) -> list[str]:
@@ -230,3 +230,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             module._disable_adapters = False
+
+
+def training_precision(model: nn.Module) -> torch.autocast:
+    """Autocast to the model's 16-bit dtype, as in training; none for one that has no 16-bit weights.
+
+    Modules that are trained in full are held in fp32, which the 16-bit layers behind them do not take as it is.
+    """
+    halves = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=min(halves, key=str, default=torch.bfloat16), enabled=bool(halves))

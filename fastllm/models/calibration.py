@@ -24,6 +24,7 @@ from .._errors import ArgumentError, DataError
 from ..gguf.importance import SecondMoments
 from ..text.encoding import RowEncoder
 from ..text.loading import load_chat_data
+from .adapted_weights import training_precision
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class CalibrationData:
 
     rows: Any
     num_samples: int = 512
-    max_length: int = 2048
+    max_length: int = 512
 
 
 @dataclass
@@ -56,7 +57,8 @@ def calibrate(model: Any, tokenizer: Any, data: CalibrationData, *, gradients: b
     generator = torch.Generator(model.device).manual_seed(0)
     with _watched(model, inputs, outputs if gradients else None) as embedded, torch.set_grad_enabled(gradients):
         for chunk in tqdm(chunks, desc="calibrating", unit="chunk", delay=1):
-            logits = model(input_ids=chunk.to(model.device), use_cache=False).logits[0].float()
+            with training_precision(model):
+                logits = model(input_ids=chunk.to(model.device), use_cache=False).logits[0].float()
             if gradients:
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, labels, reduction="sum").backward(inputs=embedded)
@@ -78,10 +80,11 @@ def token_chunks(tokenizer: Any, data: CalibrationData, length: int) -> list[tor
 
 
 def _encoded(tokenizer: Any, data: CalibrationData) -> Iterator[list[int]]:
-    if isinstance(data.rows, (str, bytes)) or not isinstance(data.rows, Iterable):
+    if isinstance(data.rows, str | bytes | Mapping) or not isinstance(data.rows, Iterable):
         raise ArgumentError(
-            f"got a {type(data.rows).__name__}", where="calibration_dataset", fix="pass a data set or a list of texts"
-        )
+            f"got a {type(data.rows).__name__}", where="calibration_dataset",
+            fix="pass one data set, or a list of texts",
+        )  # fmt: skip
     rows: list[Any] = list(islice(data.rows, data.num_samples))
     if rows and all(isinstance(row, str) for row in rows):
         rows = [{"text": row} for row in rows]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .._errors import ModelError
 from .._notices import notice, warn
-from .adapted_weights import adapters_off
+from .adapted_weights import adapters_off, training_precision
 from .checkpoints import Checkpoint
 from .merge_plan import MergePlan, Weight
 from .nf4_encoder import Nf4Encoder
@@ -231,7 +231,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), training_precision(model):
             return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
     finally:
         model.train(was_training)

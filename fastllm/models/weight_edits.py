@@ -151,18 +151,20 @@ class Rows:
 class Replace:
     """The tensor was trained in full and becomes `values`.
 
-    Where a value is still the stored one in the dtype it was loaded in, the stored one stays: loading a bf16 checkpoint
-    in fp16 changes nothing that was not trained.
+    Where a value is still the stored one in `loaded_as`, the dtype it was loaded in, the stored one stays: loading a
+    bf16 checkpoint in fp16 changes nothing that was not trained.
     """
 
     values: torch.Tensor
+    loaded_as: torch.dtype
 
     def apply(self, stored: torch.Tensor, merged: torch.Tensor, start: int) -> torch.Tensor:
         values = self.values[start : start + stored.shape[0]].detach().to(stored.device)
-        return torch.where(values == stored.to(values.dtype), merged, values.to(merged.dtype))
+        loaded = stored.to(self.loaded_as).to(values.dtype)
+        return torch.where(values == loaded, merged, values.to(merged.dtype))
 
     def part(self, part: Part) -> Replace:
-        return Replace(part.of(self.values))
+        return Replace(part.of(self.values), self.loaded_as)
 
     @property
     def identity(self) -> tuple:

@@ -102,7 +102,13 @@ def test_calibration_data_in_any_form(trained, rows):
 
 def test_calibration_data_that_is_none(trained):
     _, tokenizer = trained
-    for rows, error in (("a text", ArgumentError), (7, ArgumentError), ([], DataError), ([""], DataError)):
+    for rows, error in (
+        ("a text", ArgumentError),
+        (7, ArgumentError),
+        ({"train": CHATS}, ArgumentError),
+        ([], DataError),
+        ([""], DataError),
+    ):
         with pytest.raises(error):
             token_chunks(tokenizer, CalibrationData(rows), 64)
     with pytest.raises(ArgumentError, match="num_samples is 0"):

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from fastllm.models import merge_plan
+
 from ..models.families import FAMILIES
 from .checkpoints import (
     SHARDED,
@@ -77,8 +79,9 @@ def test_a_merge_is_made_of_the_16_bit_base_however_it_was_loaded(base_of, tmp_p
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_every_kind_of_lora(base_of, tmp_path, options, changes):
-    """Qwen2: its query, key and value have biases, and the head is the embedding."""
+def test_every_kind_of_lora(base_of, tmp_path, options, changes, monkeypatch):
+    """Qwen2: its query, key and value have biases, and the head is the embedding. A few rows are merged at a time."""
+    monkeypatch.setattr(merge_plan, "_BLOCK_VALUES", 1000)
     base = base_of("qwen2")
     model, tokenizer = adapted(base, **options)
     folder = model.save_pretrained_merged(tmp_path / "merged", tokenizer)
@@ -203,6 +206,24 @@ def test_loading_in_another_dtype_changes_no_weight_that_was_not_trained(base_of
     model, tokenizer = adapted(base, dtype=torch.float16)
     folder = model.save_pretrained_merged(tmp_path / "merged", tokenizer)
     assert len(check_merge(model, base, folder, tmp_path / "adapter")) == 28
+
+
+def test_a_module_trained_in_full_keeps_the_values_that_did_not_move(base_of, tmp_path):
+    """fp16 can't hold every bf16 value; where training has not changed it, the base's is saved."""
+    from fastllm import FastLanguageModel
+
+    base = base_of("llama")
+    model, tokenizer = load(base, dtype=torch.float16)
+    model = FastLanguageModel.get_peft_model(model, r=4, modules_to_save=["embed_tokens"])
+    trained = model.get_input_embeddings().modules_to_save["default"].weight
+    assert trained.dtype == torch.float32
+    before = tensors_of(base)["model.embed_tokens.weight"]
+    assert not torch.equal(trained.to(torch.bfloat16), before)
+    with torch.no_grad():
+        trained[7] = 0.5
+    saved = tensors_of(model.save_pretrained_merged(tmp_path / "merged", tokenizer))["model.embed_tokens.weight"]
+    before[7] = 0.5
+    assert torch.equal(saved, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
