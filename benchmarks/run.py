@@ -37,12 +37,12 @@ CASES: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def environment() -> dict:
+def environment(commit: str | None) -> dict:
     """What a figure depends on."""
     import torch
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS, check=False)
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
         return done.stdout.strip()
 
     versions = {}
@@ -52,8 +52,8 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "clean": git("status", "--porcelain", "--untracked-files=no") == "",
+        "commit": commit or git("rev-parse", "HEAD") or "unknown",
+        "clean": commit is not None or git("status", "--porcelain", "--untracked-files=no") == "",
         "date": time.strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cuda": torch.version.cuda,
@@ -107,11 +107,12 @@ def main() -> None:
     parser.add_argument("--checkpointing", nargs="+", default=["least", "none", "default"])
     parser.add_argument("--models", type=Path, default=Path("outputs/benchmark_models"))
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<gpu>.json)")
+    parser.add_argument("--commit", help="of these files, where they were copied here without their history")
     parser.add_argument("--timeout", type=int, default=600, help="seconds a measurement may take")
     options = parser.parse_args()
 
     installed = [peer for peer in options.peers if importlib.util.find_spec(MODULES[peer]) is not None]
-    evidence = {**environment(), "ceilings": ceilings(), "results": []}
+    evidence = {**environment(options.commit), "ceilings": ceilings(), "results": []}
     out = options.out or RESULTS / f"{evidence['gpu'].lower().replace(' ', '_')}.json"
     for name in options.cases:
         for peer in installed:

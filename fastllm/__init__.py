@@ -13,6 +13,11 @@ __version__ = "0.1.0"
 # public name -> the module that defines it
 _EXPORTS: dict[str, str] = {
     "FastLanguageModel": "fastllm.models.language",
+    "FastTrainer": "fastllm.trainer",
+    "FastTrainingArguments": "fastllm.trainer",
+    "UnslothTrainer": "fastllm.trainer",
+    "UnslothTrainingArguments": "fastllm.trainer",
+    "unsloth_train": "fastllm.trainer",
     "is_bf16_supported": "fastllm._device",
     "is_bfloat16_supported": "fastllm._device",
 }
@@ -21,6 +26,11 @@ if TYPE_CHECKING:
     from ._device import is_bf16_supported as is_bf16_supported
     from ._device import is_bfloat16_supported as is_bfloat16_supported
     from .models.language import FastLanguageModel as FastLanguageModel
+    from .trainer import FastTrainer as FastTrainer
+    from .trainer import FastTrainingArguments as FastTrainingArguments
+    from .trainer import UnslothTrainer as UnslothTrainer
+    from .trainer import UnslothTrainingArguments as UnslothTrainingArguments
+    from .trainer import unsloth_train as unsloth_train
 
 __all__ = ["__version__", *sorted(_EXPORTS)]  # pyright: ignore[reportUnsupportedDunderAll]
 
