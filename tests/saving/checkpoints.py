@@ -13,14 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastllm import FastLanguageModel
 
-from ..gguf.models import VOCAB_SIZE, save_byte_level_tokenizer
+from ..gguf.models import VOCAB_SIZE, save_byte_level_tokenizer, tiny_model
 from ..models.families import FAMILIES, build
 
 SHARDED = "sharded llama"
+EXPERTS = ("mixtral", "qwen3moe")
 
 
 def make_base(folder: Path, family: str, *, dtype=torch.bfloat16, **settings) -> Path:
-    """A checkpoint of the family in `folder`; of `SHARDED`, in several files with an index."""
+    """A bf16 checkpoint of the family in `folder`; of `SHARDED`, in several files with an index."""
+    if family in EXPERTS:
+        tiny_model(family, num_hidden_layers=2).to(dtype).save_pretrained(folder)
+        return save_byte_level_tokenizer(folder)
     config = copy.deepcopy(FAMILIES["llama" if family == SHARDED else family])
     config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = VOCAB_SIZE, 4, 0, 2
     for name, value in settings.items():

@@ -4,15 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..gguf.models import save_byte_level_tokenizer, tiny_model
-from .checkpoints import adapted, assert_rounded_once, divergence, merged_by_peft, plain, tensors_of
+from .checkpoints import EXPERTS, adapted, assert_rounded_once, divergence, merged_by_peft, plain, tensors_of
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3moe"])
-def base(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("moe") / request.param
-    tiny_model(request.param, num_hidden_layers=2).to(torch.bfloat16).save_pretrained(folder)
-    return save_byte_level_tokenizer(folder)
+@pytest.fixture(params=EXPERTS)
+def base(request, base_of):
+    return base_of(request.param)
 
 
 def saved_as_experts(state: dict[str, torch.Tensor], like, scratch) -> dict[str, torch.Tensor]:

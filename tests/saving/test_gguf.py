@@ -15,7 +15,7 @@ from fastllm.models import gguf_saving
 from ..gguf import faults
 from ..gguf.models import VOCAB_SIZE, save_byte_level_tokenizer, tiny_model
 from ..models.families import FAMILIES
-from .checkpoints import SHARDED, adapted, load, log_probs, make_base, on_16_bit_base
+from .checkpoints import EXPERTS, SHARDED, adapted, load, log_probs, make_base, on_16_bit_base
 
 PROMPTS = [[17], [5, 301, 44, 250, 7, 99], list(range(40, 54))]
 CHAT = [{"role": "user", "content": "When does it open?"}]
@@ -78,12 +78,10 @@ def test_every_kind_of_lora(judge, base_of, tmp_path, options):
     assert divergence(judge, path, model) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
-def test_experts(judge, tmp_path, family):
-    tiny_model(family, num_hidden_layers=2).to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    save_byte_level_tokenizer(tmp_path / "base")
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts(judge, base_of, tmp_path, family):
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model, tokenizer = adapted(tmp_path / "base", target_modules=["q_proj"], target_parameters=experts)
+    model, tokenizer = adapted(base_of(family), target_modules=["q_proj"], target_parameters=experts)
     written = model.save_pretrained_gguf(tmp_path / "out", tokenizer, quantization_method="f32")
     assert divergence(judge, written["gguf_files"][0], model) < 1e-5
 
