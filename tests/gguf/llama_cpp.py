@@ -109,6 +109,11 @@ class Model:
     def apply_template(self, messages: list[dict[str, str]]) -> str:
         return self._post("/apply-template", {"messages": messages})["prompt"]
 
+    def chat_prompt_tokens(self, messages: list[dict[str, str]]) -> int:
+        """How many tokens a conversation is for the chat endpoint."""
+        reply = self._server.handle_chat_completions({"messages": messages, "max_tokens": 1})
+        return reply["usage"]["prompt_tokens"]
+
     def _post(self, route: str, body: dict) -> dict:
         request = urllib.request.Request(
             self._server.listening_address + route,

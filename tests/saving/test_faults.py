@@ -290,3 +290,19 @@ def test_a_learned_prompt_can_not_be_merged(base_of, tmp_path):
     disturb(prompted)
     with pytest.raises(UnsupportedError, match="trains a prompt"):
         save_pretrained_merged(prompted, tmp_path / "merged", tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "OFTConfig"])
+def test_an_adapter_that_is_not_lora_is_not_left_out(base_of, tmp_path, kind):
+    import peft
+
+    from fastllm.save import save_pretrained_merged
+
+    model, tokenizer = load(base_of("llama"))
+    options = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    other = peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q_proj"], **options))
+    with pytest.raises(UnsupportedError, match=r"not LoRA[\s\S]*merge_and_unload"):
+        save_pretrained_merged(other, tmp_path / "merged", tokenizer)
+    with pytest.raises(UnsupportedError, match="not LoRA"):
+        other.save_pretrained_gguf(tmp_path / "out", tokenizer)
+    assert list(tmp_path.iterdir()) == []

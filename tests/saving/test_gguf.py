@@ -136,6 +136,19 @@ def test_a_trained_model_answers_in_llama_cpp_as_in_python(judge, base_of, tmp_p
             assert loaded.greedy(ids, len(expected)) == expected
 
 
+def test_one_beginning_of_text_where_tokenizer_and_template_both_write_it(judge, tmp_path):
+    """In Python the template's text is encoded without special tokens; llama.cpp has to end up with the same ids."""
+    base = make_base(tmp_path / "base", "llama")
+    save_byte_level_tokenizer(base, adds_bos=True)
+    model, tokenizer = load(base)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    written = model.save_pretrained_gguf(tmp_path / "out", tokenizer)
+    expected = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    assert expected.count(tokenizer.bos_token_id) == 1
+    with judge.loaded(written["gguf_files"][0], VOCAB_SIZE) as loaded:
+        assert loaded.chat_prompt_tokens(CHAT) == len(expected)
+
+
 # --- types, names and the files beside -------------------------------------------------------------------------------
 
 # Largest divergence of this random model in each type: some 2.5 times what was measured.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 
-from .checkpoints import adapted, disturb, divergence, load, plain
+from .checkpoints import adapted, disturb, divergence, load, plain, tensors_of
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -57,3 +57,15 @@ def test_a_base_without_adapters_has_nothing_to_save(base_of, tmp_path):
     with pytest.raises(ValueError, match=r"no active adapter[\s\S]*merged_16bit"):
         model.save_pretrained_merged(tmp_path / "adapter", tokenizer, save_method="lora")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_folder_that_was_loaded_again_merges_to_the_same_model(base_of, tmp_path):
+    """Train, save the adapter, and merge on another day."""
+    model, tokenizer = adapted(base_of("qwen3"), bits=4, use_rslora=True)
+    today = model.save_pretrained_merged(tmp_path / "today", tokenizer)
+    folder = model.save_pretrained_merged(tmp_path / "adapter", tokenizer, save_method="lora")
+    again, tokenizer = load(folder, bits=4)
+    later = again.save_pretrained_merged(tmp_path / "later", tokenizer)
+    one, other = tensors_of(today), tensors_of(later)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
