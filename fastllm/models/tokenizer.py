@@ -27,10 +27,10 @@ def load_tokenizer(name: str, *, max_length: int | None, **options: Any) -> Any:
 
 
 def settle_tokens(tokenizer: Any, model: Any, *, repair: bool) -> TokenPolicy:
-    """Settle the token policy of `tokenizer` and `model`, write the padding token to both, and tell the policy.
+    """Settle the token policy of `tokenizer` and `model`, write it to both, and tell it.
 
     With `repair`, a missing padding token, or one that also ends answers, is replaced by a spare token of the
-    vocabulary, or by a new one where there is none.
+    vocabulary, or by a new one where there is none. Generation stops at every token that ends a turn.
 
     Raises:
         TokenizerError: the tokenizer has ids that the embedding has no row for, or no end-of-text token.
@@ -49,6 +49,7 @@ def settle_tokens(tokenizer: Any, model: Any, *, repair: bool) -> TokenPolicy:
         model.config.get_text_config().pad_token_id = policy.pad_id
         if model.generation_config is not None:
             model.generation_config.pad_token_id = policy.pad_id
+    _stop_at(model, policy.stop_ids)
     notice(f"fastllm {policy}")
     return policy
 
@@ -60,3 +61,13 @@ def _make_room(model: Any, tokens: int) -> None:
         model.resize_token_embeddings(tokens, pad_to_multiple_of=64)
         grown = model.get_input_embeddings().weight.shape[0]
         notice(f"fastllm: the embedding grew from {rows} to {grown} rows for the padding token")
+
+
+def _stop_at(model: Any, stop_ids: tuple[int, ...]) -> None:
+    """Name every stop token in the generation config: a template may end turns with one that the base did not know."""
+    config = model.generation_config
+    if config is None:
+        return
+    known = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+    if not set(stop_ids) <= set(known):
+        config.eos_token_id = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 from .._errors import ArgumentError, DataError, TokenizerError
-from .formats import messages_of
+from .formats import messages_of, without_nulls
 from .rendering import ChatRenderer, Message, tokenizer_of
 from .response_spans import Rendered, ResponseFinder, Span
 from .sources import or_error
@@ -70,11 +70,13 @@ class RowEncoder:
     ) -> list[EncodedRow | DataError]:
         """One `EncodedRow`, or the error that a row can't be trained on, for each of `rows`."""
         numbers = numbers if numbers is not None else range(len(rows))
-        texts = [or_error(self.text_of, row, number) for row, number in zip(rows, numbers, strict=True)]
-        texts = [or_error(_encodable, text, number) for text, number in zip(texts, numbers, strict=True)]
+        texts = [or_error(self._encodable_text, row, number) for row, number in zip(rows, numbers, strict=True)]
         usable = [text for text in texts if isinstance(text, RowText)]
         encodings = iter(self._encode_texts([text.text for text in usable]))
         return [text if isinstance(text, DataError) else self._labelled(text, next(encodings)) for text in texts]
+
+    def _encodable_text(self, row: dict[str, Any]) -> RowText:
+        return _encodable(self.text_of(row))
 
     def text_of(self, row: dict[str, Any]) -> RowText:
         """The row as text, with the spans to train."""
@@ -126,10 +128,8 @@ class RowEncoder:
         return bos is not None and self._core("a")["input_ids"][:1] == [bos]
 
     def _finder(self, extra: Any = None) -> ResponseFinder:
-        extra = (
-            json.loads(extra) if isinstance(extra, str) else {k: v for k, v in (extra or {}).items() if v is not None}
-        )
-        key = json.dumps(extra, sort_keys=True, default=str)
+        extra = json.loads(extra) if isinstance(extra, str) else without_nulls(extra or {})
+        key = json.dumps(extra, sort_keys=True, default=str) if extra else ""
         if key not in self._finders:
             renderer = ChatRenderer(self.tokenizer, self.chat_template, **{**self.template_kwargs, **extra})
             self._finders[key] = ResponseFinder(renderer)

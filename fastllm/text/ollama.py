@@ -13,7 +13,7 @@ from typing import Any
 from .._errors import DataError
 from .rendering import tokenizer_of
 from .sandbox import TemplateError, compile_template
-from .templates import TOKENIZERS_EOS, is_shipped
+from .templates import TOKENIZERS_EOS, is_known
 
 FILE_LOCATION = "{__FILE_LOCATION__}"  # stands for the GGUF file until it has a name
 EOS_TOKEN = "{__EOS_TOKEN__}"  # noqa: S105 - stands for the tokenizer's EOS in the table of templates
@@ -130,7 +130,7 @@ def _render(jinja: str, eos_token: str, letters: str, add_generation_prompt: boo
         "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None,
         "bos_token": _BOS, "eos_token": eos_token, "unk_token": "", "pad_token": "",
     }  # fmt: skip
-    return compile_template(jinja, is_shipped(jinja)).render(variables)
+    return compile_template(jinja, is_known(jinja)).render(variables)
 
 
 def _go_template(frame: _Frame) -> str:

@@ -75,6 +75,8 @@ def apply_chat_template(
 ) -> Any:
     """Give `tokenizer` the template `construct_chat_template` makes, and `dataset` a `text` column rendered with it.
 
+        apply_chat_template(dataset, tokenizer, "{SYSTEM}\\nQ: {INPUT}\\nA: {OUTPUT}\\nQ: {INPUT}\\nA: {OUTPUT}")
+
     Rows hold `conversations` (or `messages`), in any of the usual spellings. The text begins with the BOS token where
     the tokenizer has one. Sets `tokenizer.chat_template`, its Modelfile and the parts that `train_on_responses_only`
     reads.

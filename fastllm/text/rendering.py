@@ -9,7 +9,7 @@ from typing import Any
 
 from .._errors import DataError, TokenizerError
 from .sandbox import TemplateError, compile_template, plain
-from .templates import is_shipped
+from .templates import is_known
 
 Message = dict[str, Any]
 
@@ -62,7 +62,7 @@ class ChatRenderer:
         variables = {
             "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt,
         }  # fmt: skip
-        return compile_template(source, is_shipped(source)).render({**variables, **self._constants})
+        return compile_template(source, is_known(source)).render({**variables, **self._constants})
 
     def prepare(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation as templates expect it: JSON types, no empty keys, reasoning under its usual names."""

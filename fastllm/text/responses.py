@@ -45,8 +45,11 @@ def train_on_responses_only(
     `last_response_only` trains the last answer of each row. With `return_function` nothing is changed and the function
     from a batch `{"input_ids": [[...]]}` to `{"labels": [[...]]}` is returned; `trainer` may be None then.
 
-    Rows left without a trained token are dropped, counted and told. A doubled BOS token is made single. `num_proc` is
-    accepted, told and not needed.
+    Rows left without a trained token are dropped, counted and told. Rows that `max_length` has cut are counted and told
+    where they still have their messages. A doubled BOS token is made single. `num_proc` is accepted and not needed.
+
+        trainer = train_on_responses_only(SFTTrainer(model, train_dataset=dataset, processing_class=tokenizer))
+        preview(trainer)
 
     Errors: `ArgumentError` (a `ValueError`) if only one part is given, `DataError` with a decoded row if nearly all
     rows have no answer, `TokenizerError` without a chat template and parts.
@@ -157,6 +160,7 @@ def _learned(tokenizer: Any) -> _Markers | None:
 class _Count:
     rows: int = 0
     by_structure: int = 0
+    cut: int = 0
     lost: int = 0
     doubled_bos: int = 0
     tokens: int = 0
@@ -234,6 +238,7 @@ class _Masking:
         ids, count = row["input_ids"], self.count
         labels = _cut_to(found, ids) if found else None
         count.by_structure += labels is not None
+        count.cut += labels is not None and found is not None and len(ids) < len(found.input_ids)
         if labels is None:
             labels = self.mask(ids)
         if row.get("labels") is not None:
@@ -283,6 +288,8 @@ def _judge(count: _Count, name: str, tokenizer: Any, markers: _Markers) -> None:
     )
     if count.lost:
         warn(f"{name}: {count.lost:,} rows without a token to train were dropped")
+    if count.cut:
+        warn(f"{name}: {count.cut:,} rows are shorter than their messages; a larger max_length would keep them whole")
     if count.doubled_bos:
         warn(f"{name}: {count.doubled_bos:,} rows began with two BOS tokens; one was removed")
 

@@ -167,6 +167,8 @@ def to_sharegpt(
     copies of the data (seeds `random_state` + 1, + 2, ...), so that the number of rows stays and each example is seen
     about n times. With `merge_rows=True` the shuffled rows are joined n at a time instead, each seen once.
 
+        to_sharegpt(dataset, "{instruction}[[\\nYour input is:\\n{input}]]", conversation_extension=3)
+
     Errors: `MissingColumnError` (a `KeyError`), `EmptyBlockError` (an `IndexError`) for a block without a column,
     `ArgumentError` (a `TypeError`) for data that is ShareGPT already.
     """

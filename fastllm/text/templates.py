@@ -8,6 +8,7 @@ the later ones are those of the models' publishers.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -189,8 +190,20 @@ def with_system_message(jinja: str, message: str | None) -> str:
 
 
 @functools.lru_cache(maxsize=64)
+def is_known(jinja: str) -> bool:
+    """Whether `jinja` needs no guard: a template of this package, or one of a publisher, known by its hash."""
+    return hashlib.sha256(jinja.encode("utf-8", "surrogatepass")).hexdigest() in _released() or is_shipped(jinja)
+
+
+@functools.cache
+def _released() -> frozenset[str]:
+    """Hashes of templates as their publishers released them; each has been rendered under guard and without."""
+    lines = (FOLDER / "released.sha256").read_text(encoding="utf-8").splitlines()
+    return frozenset(line.partition(" ")[0] for line in lines)
+
+
 def is_shipped(jinja: str) -> bool:
-    """Whether `jinja` is a template of this package, whatever its system message: these need no guard."""
+    """Whether `jinja` is a template of this package, whatever its system message."""
     for shipped in set(_distinct_texts()):
         head, placeholder, tail = shipped.partition(SYSTEM_MESSAGE)
         if jinja == shipped:

@@ -42,6 +42,8 @@ def get_chat_template(
     The tokenizer then saves and loads with its template as usual; `patch_saving` and `use_zoo_tokenizer_patch` are
     accepted and have nothing to do. `tokenizer._ollama_modelfile` holds the Modelfile of the template.
 
+        tokenizer = get_chat_template(tokenizer, "llama-3.1")
+
     Errors: `UnknownTemplateError` (a `KeyError`), `ArgumentError` (a `TypeError`, `ValueError`) for a template of
     another type and for a `{system_message}` that is not given, `TokenizerError` for a tokenizer without a fast backend
     whose EOS would have to be renamed.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastllm.text.sandbox import LONGEST_TEMPLATE, CompiledTemplate, TemplateError, measure, plain
+from fastllm.text.templates import is_known
 
 from .conftest import talk
 from .test_templates import GOLDEN
@@ -170,7 +171,7 @@ def test_no_released_template_is_refused_and_each_renders_as_in_transformers():
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    compared = 0
+    compared, known = 0, set()
     for path in publishers_templates():
         source = path.read_text(encoding="utf-8")
         guarded = CompiledTemplate(source)
@@ -188,7 +189,11 @@ def test_no_released_template_is_refused_and_each_renders_as_in_transformers():
             variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
             assert guarded.render({**variables, **tokens}) == expected, (path.name, name)
             compared += 1
+            if is_known(source):
+                assert CompiledTemplate(source, trusted=True).render({**variables, **tokens}) == expected
+                known.add(path.name)
     assert compared > 1000
+    assert len(known) > 20
 
 
 def test_long_honest_conversations_are_within_the_limits():

@@ -12,7 +12,7 @@ from fastllm.chat_templates import CHAT_TEMPLATES, DEFAULT_SYSTEM_MESSAGE, get_c
 from fastllm.chat_templates import test_chat_templates as check_chat_templates
 from fastllm.text.rendering import ChatRenderer
 from fastllm.text.sandbox import TemplateError
-from fastllm.text.templates import SHIPPED, is_shipped, with_system_message
+from fastllm.text.templates import SHIPPED, is_known, is_shipped, with_system_message
 
 from .conftest import RealTokenizers, talk
 
@@ -183,7 +183,7 @@ def test_shipped_templates_are_known_whatever_their_system_message():
         assert is_shipped(with_system_message(shipped.jinja, 'It\'s "your" turn\nnow \\ {{ bos_token }} %}')), name
     jinja = SHIPPED["unsloth"].jinja
     assert not is_shipped(jinja.replace("{system_message}", "' + range(9) | string + '"))
-    assert not is_shipped("{{ messages }}")
+    assert not is_shipped("{{ messages }}") and not is_known("{{ messages }}")
 
 
 def test_a_system_message_is_rendered_as_it_was_written():

@@ -145,6 +145,21 @@ def test_without_repair_the_problem_is_told_and_nothing_changes(full_vocabulary)
     assert tokenizer.pad_token is None and model.get_input_embeddings().weight.shape[0] == 9
 
 
+def test_generation_stops_where_the_template_ends_a_turn(toy):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastllm.models.tokenizer import settle_tokens
+
+    get_chat_template(toy, "chatml", map_eos_token=False)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=len(toy), num_key_value_heads=1, eos_token_id=toy.eos_token_id, **shape)
+    model = LlamaForCausalLM(config)
+    settle_tokens(toy, model, repair=True)
+    assert model.generation_config.eos_token_id == toy.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    settle_tokens(toy, model, repair=True)
+    assert model.generation_config.eos_token_id == toy.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [

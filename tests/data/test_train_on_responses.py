@@ -134,6 +134,16 @@ def test_rows_cut_before_their_answer_are_dropped_and_counted(chatml, caplog):
     assert "1 rows without a token to train were dropped" in caplog.text
 
 
+def test_answers_that_were_cut_are_counted(chatml, caplog):
+    whole = [chatml.apply_chat_template(row["messages"])["input_ids"] for row in ROWS]
+    ids = [whole[0][:-6], *whole[1:]]
+    with caplog.at_level("INFO", "fastllm"):
+        trainer = train_on_responses_only(fake(chatml, input_ids=ids, messages=[row["messages"] for row in ROWS]))
+    assert "1 rows are shorter than their messages" in caplog.text
+    assert trained(chatml, trainer.train_dataset)[1:] == ANSWERS[1:]
+    assert ANSWERS[0].startswith(trained(chatml, trainer.train_dataset)[0])
+
+
 def test_data_of_another_template_raises_with_a_sample_instead_of_training_nothing(chatml):
     ids = chatml("### Human: Hi ### Assistant: Hello")["input_ids"]
     with pytest.raises(ValueError, match=r"opens with '<\|im_start\|>assistant.n' and this row shows none: '### Human"):
