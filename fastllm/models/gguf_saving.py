@@ -76,7 +76,11 @@ def plan_gguf(model: Any, tokenizer: Any = None, quantization_method: Any = _DEF
     a tokenizer that llama.cpp can't reproduce.
     """
     model = unwrapped(model)
-    (method,) = _methods(GgufRequest(Path(), quantization_method=quantization_method), str(model.dtype))
+    method, *others = _methods(GgufRequest(Path(), quantization_method=quantization_method), str(model.dtype))
+    if others:
+        raise ArgumentError(
+            f"got {1 + len(others)} methods", where="export_plan", fix="ask for the plan of one method at a time"
+        )
     with _saved_tokenizer(_tokenizer_of(model, tokenizer)) as tokenizer_dir:
         return export_plan(model.config.to_dict(), tokenizer_dir, method.recipe, name=base_name(model))
 
@@ -143,6 +147,8 @@ def save_gguf(model: Any, request: GgufRequest) -> dict[str, Any]:
         if isinstance(recipe, ExplicitRecipe):
             recipe.save(path.with_suffix(".recipe.json"))
     modelfile = _save_modelfile(tokenizer, next(iter(outputs)))
+    beside = "" if modelfile is None else f"; ollama create {base_name(model).lower()} -f {modelfile}"
+    notice(f"fastllm: {len(outputs)} GGUF files are in {request.folder}, written and read back{beside}")
     full_precision = any(method.recipe.name in ("f32", "f16", "bf16") for method in methods)
     return _written(request, list(outputs), modelfile, full_precision=full_precision)
 

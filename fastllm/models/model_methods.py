@@ -254,7 +254,7 @@ class ModelMethods:
         return push_gguf(self, request, upload, temporary_location=temporary_location)
 
     def export_plan(
-        self, format: str = "gguf", tokenizer: Any = None, quantization_method: Any = "quantized"
+        self, format: str = "gguf", tokenizer: Any = None, quantization_method: Any = "fast_quantized"
     ) -> ExportPlan:
         """What an export would write, known before any training: `print(model.export_plan("gguf").describe())`.
 

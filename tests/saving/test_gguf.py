@@ -260,6 +260,9 @@ def test_the_plan_is_known_before_training(trained, tmp_path):
     plan = model.export_plan("gguf", quantization_method="q8_0")
     written = model.save_pretrained_gguf(tmp_path / "out", tokenizer, quantization_method="q8_0")
     assert plan.describe().startswith(f"llama, q8_0: {os.path.getsize(written['gguf_files'][0]):,} bytes, 8.5")
+    assert model.export_plan().quantization == "q8_0"
+    with pytest.raises(ArgumentError, match="one method at a time"):
+        model.export_plan(quantization_method=["q8_0", "f16"])
     with pytest.raises(ArgumentError, match="did you mean 'gguf'"):
         model.export_plan("ggu")
 
