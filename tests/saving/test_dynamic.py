@@ -217,17 +217,43 @@ def library_text(num_characters: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_on_a_model_with_skill_llama_cpp_finds_dynamic_types_better(judge, tmp_path):
-    """A model trained on Python sources, exported twice with the same importance: at most 0.85 of the divergence."""
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_on_a_model_with_skill_llama_cpp_finds_dynamic_types_better(judge, tmp_path, family):
+    """Trained on Python sources, each size exported statically and dynamically with the same importance: on held-out
+    text at most 0.85 of the divergence, 0.70 on average."""
     text = library_text(1_200_000)
-    base = make_base(tmp_path / "base")
-    model, tokenizer = load(base, full_finetuning=True, dtype=torch.float32)
-    ids = torch.tensor(tokenizer(text[:1_000_000], add_special_tokens=False, verbose=False)["input_ids"])
+    tiny_model(family, num_hidden_layers=6).save_pretrained(tmp_path / "base")
+    save_byte_level_tokenizer(tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base", full_finetuning=True, dtype=torch.float32)
+    train(model, encoded(tokenizer, text[:1_000_000]), steps=400)
+    sizes = ["q3_k_m", "q4_k_m", "q5_k_m"]
+    written = model.save_pretrained_gguf(
+        tmp_path / "out", tokenizer, quantization_method=[*sizes, *(f"dynamic_{size}" for size in sizes)],
+        calibration_dataset=[text[1_000_000:1_060_000]], max_seq_length=128,
+    )  # fmt: skip
+    held_out = encoded(tokenizer, text[1_150_000:])
+    prompts = [held_out[start : start + 48] for start in range(0, 150 * 48, 48)]
+    found = [divergences(judge, model, path, prompts) for path in written["gguf_files"]]
+    ratios = []
+    for size, static, dynamic in zip(sizes, found[:3], found[3:], strict=True):
+        ratios.append(float(dynamic.mean() / static.mean()))
+        tail = float(dynamic.quantile(0.99) / static.quantile(0.99))
+        print(f"{family}, {size}: static {float(static.mean()):.2e}, dynamic {ratios[-1]:.2f} of it, 99 % {tail:.2f}")
+    assert max(ratios) <= 0.85
+    assert sum(ratios) / len(ratios) <= 0.70
+
+
+def encoded(tokenizer, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def train(model, ids: torch.Tensor, steps: int) -> None:
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=400)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     torch.manual_seed(0)
-    for _ in range(400):
+    for _ in range(steps):
         starts = torch.randint(0, len(ids) - 64, (8,))
         rows = torch.stack([ids[start : start + 64] for start in starts])
         model(input_ids=rows, labels=rows).loss.backward()
@@ -235,20 +261,14 @@ def test_on_a_model_with_skill_llama_cpp_finds_dynamic_types_better(judge, tmp_p
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    written = model.save_pretrained_gguf(
-        tmp_path / "out", tokenizer, quantization_method=["q4_k_m", "dynamic_q4_k_m"], max_seq_length=128,
-        calibration_dataset=[text[1_000_000:1_060_000]],
-    )  # fmt: skip
-    held_out = torch.tensor(tokenizer(text[1_150_000:], add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def divergences(judge, model, path, prompts) -> torch.Tensor:
+    """KL(model || llama.cpp) of the token after each prompt."""
     found = []
-    for path in written["gguf_files"]:
-        with judge.loaded(path, VOCAB_SIZE) as loaded:
-            kl = []
-            for start in range(0, 200 * 48, 48):
-                prompt = held_out[start : start + 48]
-                expected = log_probs(model, prompt[None])[-1]
-                got = torch.from_numpy(loaded.next_token_logprobs(prompt.tolist())).double()
-                kl.append(float((expected.exp() * (expected - got)).sum()))
-        found.append(sum(kl) / len(kl))
-    print(f"static {found[0]:.2e}, dynamic {found[1]:.2e}: {found[1] / found[0]:.2f}")
-    assert found[1] <= 0.85 * found[0]
+    with judge.loaded(path, VOCAB_SIZE) as loaded:
+        for prompt in prompts:
+            expected = log_probs(model, prompt[None])[-1]
+            got = torch.from_numpy(loaded.next_token_logprobs(prompt.tolist())).double()
+            found.append((expected.exp() * (expected - got)).sum())
+    return torch.stack(found)
