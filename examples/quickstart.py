@@ -176,7 +176,8 @@ def main() -> None:
     facts = docstrings()
     random.Random(0).shuffle(facts)
     unseen, seen = facts[:HELD_OUT], facts[HELD_OUT:]
-    if options.model is None:
+    makes_base = options.model is None
+    if makes_base:
         print(f"1. A small base model learns {len(facts)} sentences of Python's standard library\n")
         options.model = str(make_base(options.output / "base", facts, options.base_steps))
 
@@ -195,7 +196,7 @@ def main() -> None:
     print(f"{len(dataset):,} conversations, the first one as the model sees it:\n{dataset[0]['text']}")
     train(
         model, tokenizer, dataset, options.output / "run", options.steps,
-        batch_size=16, learning_rate=2e-3 if "base" in options.model else 2e-4, responses_only=True,
+        batch_size=16, learning_rate=2e-3 if makes_base else 2e-4, responses_only=True,
     )  # fmt: skip
     print(f"{model.fast_report()}\n")
 
