@@ -17,6 +17,7 @@ from .._errors import ArgumentError, MissingPackageError, nearest, reject_unknow
 from .._notices import notice, warn
 from .arch import get_arch
 from .memory import checkpointing_setting
+from .mixed_precision import hold_in_fp32
 from .model_methods import PLANNER
 from .modes import for_training
 from .patch import unwrapped
@@ -99,10 +100,9 @@ def load_adapter(model: Any, adapter: str, **hub: Any) -> Any:
 def _ready(adapted: Any, setting: bool | str) -> Any:
     """Trainable parameters in fp32, memory planned for them, and a line about what is trained."""
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    for parameter in trained.values():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-    planner = getattr(unwrapped(adapted), PLANNER, None)
+    base = unwrapped(adapted)
+    hold_in_fp32(base, trained)
+    planner = getattr(base, PLANNER, None)
     if planner is not None:
         # A gradient and two optimiser states, all fp32.
         planner.reserved_bytes = sum(p.numel() * 12 for p in trained.values())

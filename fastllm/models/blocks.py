@@ -34,6 +34,7 @@ from ..kernels.rope import rope
 from .logits import LazyLogits
 from .lora_view import group_of
 from .memory import ActivationPlanner
+from .mixed_precision import mixed_precision
 from .model_methods import PLANNER, ModelMethods
 
 Forward = Callable[..., Any]
@@ -173,11 +174,12 @@ def causal_lm_forward(otherwise: Forward) -> Forward:
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
             )
-        return otherwise(
-            self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
-            logits_to_keep=logits_to_keep, **kwargs,
-        )  # fmt: skip
+        with mixed_precision(self):
+            return otherwise(
+                self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+                logits_to_keep=logits_to_keep, **kwargs,
+            )  # fmt: skip
 
     return forward
 

@@ -40,12 +40,15 @@ class ModelMethods:
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`transformers`' generate, in evaluation mode whatever the present mode; also takes a tokenizer's output as
         its one argument."""
+        from .mixed_precision import mixed_precision
+
         if isinstance(inputs, Mapping):
             kwargs, inputs = {**inputs, **kwargs}, None
         was_training = self.training  # pyright: ignore[reportAttributeAccessIssue]
         self.eval()  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            with mixed_precision(self):
+                return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self.train(was_training)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -295,6 +295,28 @@ def test_embeddings_named_as_targets_are_trained_in_full(checkpoint, messages):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in full.values())
 
 
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_4bit": False}], ids=["nf4", "16-bit"])
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+    ids=["embeddings_and_head", "head", "bias"],
+)
+def test_a_16_bit_model_with_fp32_parts_answers_outside_autocast(checkpoint, bits, options):
+    """As in continued pretraining, where embeddings and head are trained in full and a text is completed afterwards."""
+    model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, dtype=torch.bfloat16, **bits)
+    model = FastLanguageModel.get_peft_model(model, **options)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    inputs = tokenizer("the quick brown fox", return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        outside = model.eval()(**inputs).logits
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            assert torch.equal(outside, model(**inputs).logits)
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    expected = torch.nn.functional.cross_entropy(outside[0, :-1].float(), inputs["input_ids"][0, 1:])
+    assert abs(float(loss) - float(expected)) < 0.02
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
 def test_last_layers_only_and_seeds(checkpoint):
     first, second = (
         FastLanguageModel.get_peft_model(
