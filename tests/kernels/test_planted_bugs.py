@@ -25,7 +25,13 @@ from .test_rms_norm import check_add_and_norm, check_rms_norm
 from .test_rope import check_rope
 
 # Triton's interpreter computes masked lanes too, in numpy.
-pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("narrow_extension")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("narrow_extension"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="a bug that writes past a tensor ends the CUDA context of every later test"
+    ),
+]
 
 
 def checks(
@@ -266,10 +272,10 @@ ATTENTION = {
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "not_causal": Bug(
-        "is_causal=case.mask is None", "is_causal=False", checks(check_two_functions, "plain", None, on="auto")
+        "is_causal=mask is None", "is_causal=False", checks(check_two_functions, "plain", None, on="auto")
     ),
     "default_scale": Bug(
-        "is_causal=case.mask is None, scale=case.scaling,", "is_causal=case.mask is None,",
+        "is_causal=mask is None, scale=case.scaling,", "is_causal=mask is None,",
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "key_heads_in_the_wrong_order": Bug(
