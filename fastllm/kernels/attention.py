@@ -1,10 +1,11 @@
 """Causal attention: picks the library kernel that serves a case best, with its backward callable on its own.
 
-    out = dropout(softmax(scaling * q k^T + mask)) v
+    out = dropout(softmax(cap(scaling * q k^T) + mask)) v        cap(s) = softcap * tanh(s / softcap)
 
 The decoder layer's hand-written backward needs attention's forward and backward as two functions, so the CUDA kernels
 of `torch.nn.functional.scaled_dot_product_attention` are called through their own operators; every other case (masks,
-CPU, other attention functions) runs under autograd and keeps its graph in between.
+CPU, other attention functions) runs under autograd and keeps its graph in between. Documents packed into a row are
+kept apart, and windows kept, without a dense mask wherever a kernel can.
 
 Shapes: q, out [B, H, S, E]; k, v [B, K, S, E] with H a multiple of K. Key and value heads are repeated for their groups
 of query heads only where a kernel has no other way: the memory-efficient one, xformers, and masks.
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .documents import Documents
+from .varlen_attention import varlen_backward, varlen_forward, varlen_serves
 from .xformers_attention import xformers_backward, xformers_forward, xformers_serves
 
 aten = torch.ops.aten
@@ -28,6 +31,8 @@ AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.T
 class AttentionCase:
     """What one attention call computes. `mask` is bool or additive, broadcastable to [B, H, S, S]; None is causal.
 
+    Causal attention may be narrowed: `documents` keeps the documents of packed rows apart, `sliding_window` lets a
+    query see itself and the window - 1 keys before it (0: all), `softcap` bounds the scores (0: not).
     `function` replaces the built-in kernels: a differentiable (q, k, v) -> out, [B, H, S, E].
     """
 
@@ -35,6 +40,17 @@ class AttentionCase:
     mask: torch.Tensor | None = None
     dropout: float = 0.0
     function: AttentionFunction | None = None
+    documents: Documents | None = None
+    sliding_window: int = 0
+    softcap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.is_narrowed and (self.mask is not None or self.function is not None):
+            raise ValueError("documents, sliding_window and softcap narrow causal attention: no mask, no function")
+
+    @property
+    def is_narrowed(self) -> bool:
+        return self.documents is not None or self.sliding_window > 0 or self.softcap > 0
 
 
 @dataclass(slots=True, eq=False)
@@ -48,32 +64,44 @@ class AttentionResult:
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> torch.Tensor:
     """Attention under autograd."""
+    if case.is_narrowed:
+        backend = choose_backend(q, k, v, case)
+        if backend != "autograd":
+            return _Attention.apply(q, k, v, case, backend)
     return _differentiable(case)(q, k, v)
 
 
-def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> torch.Tensor:
-    """The definition, without dropout."""
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, *, dropout: float = 0.0
+) -> torch.Tensor:
+    """The definition; dropout only where asked for."""
     accumulate = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
     wide_q, wide_k, wide_v = (
         t.to(accumulate) for t in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
     )
     scores = wide_q @ wide_k.transpose(-1, -2) * case.scaling
-    mask = case.mask
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    mask = _dense_mask(case, q)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1) @ wide_v).to(q.dtype)
+    return (F.dropout(scores.softmax(-1), dropout) @ wide_v).to(q.dtype)
 
 
 def choose_backend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, *, allow_cudnn: bool = True
 ) -> str:
-    """`cudnn`, `flash`, `xformers` or `efficient`: a CUDA kernel called directly; `autograd`: anything else.
+    """`cudnn`, `flash`, `xformers` or `efficient`: a CUDA kernel called directly; `varlen`: torch's flash kernel for
+    documents and windows; `autograd`: anything else.
 
     cuDNN is the fastest on Hopper and later, but compiles a plan for each new shape: `allow_cudnn=False` is for shapes
     that will not come again. A layer that recomputes its forward passes the same choice: both give the same bits.
     """
+    if case.is_narrowed:
+        is_capped = case.softcap > 0
+        return "varlen" if not is_capped and varlen_serves(q, k, v, case.dropout, _documents(case, q)) else "autograd"
     direct = q.is_cuda and torch.version.hip is None and case.mask is None and case.function is None
     if not direct or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
         return "autograd"
@@ -103,6 +131,11 @@ def attention_forward(
         with torch.enable_grad():
             out = _differentiable(case)(*leaves)
         return AttentionResult(out.detach(), backend, (out, leaves))
+    if backend == "varlen":
+        out, rest = varlen_forward(
+            q, k, v, _documents(case, q), scaling=case.scaling, dropout=case.dropout, window=case.sliding_window
+        )
+        return AttentionResult(out, backend, rest)
     if backend == "cudnn":
         out, *rest = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, case.dropout, True, False, scale=case.scaling
@@ -130,6 +163,11 @@ def attention_backward(
         out, leaves = saved
         dq, dk, dv = torch.autograd.grad(out, leaves, dout)
         return dq, dk, dv
+    if result.backend == "varlen":
+        return varlen_backward(
+            dout, result.out, saved, q, k, v, _documents(case, q),
+            scaling=case.scaling, dropout=case.dropout, window=case.sliding_window,
+        )  # fmt: skip
     if result.backend == "xformers":
         (lse,) = saved
         dq, dk, dv = xformers_backward(dout, result.out, lse, q, _expanded(k, q), _expanded(v, q), case.scaling)
@@ -157,15 +195,30 @@ def _differentiable(case: AttentionCase) -> AttentionFunction:
     if case.function is not None:
         return case.function
 
+    def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention_reference(q, k, v, case, dropout=case.dropout)
+
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if case.mask is not None:  # no CUDA kernel but cuDNN's takes a mask and grouped heads together
+        mask = _dense_mask(case, q)
+        if mask is not None:  # no CUDA kernel but cuDNN's takes a mask and grouped heads together
             k, v = _expanded(k, q), _expanded(v, q)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=case.mask, dropout_p=case.dropout, is_causal=case.mask is None, scale=case.scaling,
+            q, k, v, attn_mask=mask, dropout_p=case.dropout, is_causal=mask is None, scale=case.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
 
-    return sdpa
+    return capped if case.softcap else sdpa
+
+
+def _documents(case: AttentionCase, q: torch.Tensor) -> Documents:
+    """The case's documents; without any, each row is one."""
+    return case.documents or Documents.whole_rows(q.shape[0], q.shape[2], q.device)
+
+
+def _dense_mask(case: AttentionCase, q: torch.Tensor) -> torch.Tensor | None:
+    if case.documents is None and not case.sliding_window:
+        return case.mask
+    return _documents(case, q).mask(case.sliding_window)
 
 
 def _expanded(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -177,3 +230,20 @@ def _summed(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if grad.shape[1] == x.shape[1]:
         return grad
     return grad.unflatten(1, (x.shape[1], -1)).sum(2, dtype=torch.float32).to(grad.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """A kernel called directly, under autograd."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, case, backend):
+        result = attention_forward(q, k, v, case, backend, needs_backward=any(ctx.needs_input_grad))
+        ctx.save_for_backward(q, k, v, result.out)
+        ctx.case, ctx.backend, ctx.saved = case, backend, result.saved
+        return result.out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out = ctx.saved_tensors
+        result = AttentionResult(out, ctx.backend, ctx.saved)
+        return *attention_backward(result, dout, q, k, v, ctx.case), None, None

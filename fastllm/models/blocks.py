@@ -36,6 +36,7 @@ from .lora_view import group_of
 from .memory import ActivationPlanner
 from .mixed_precision import mixed_precision
 from .model_methods import PLANNER, ModelMethods
+from .packed_rows import keep_documents_apart, mask_of_documents, window_of
 
 Forward = Callable[..., Any]
 
@@ -47,7 +48,9 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 # What transformers passes down to attention functions and fastllm's own dispatch serves or may ignore.
-_IGNORABLE = frozenset({"use_cache", "position_ids", "cache_position", "output_attentions", "output_hidden_states"})
+_IGNORABLE = frozenset(
+    {"use_cache", "position_ids", "cache_position", "output_attentions", "output_hidden_states", "documents"}
+)
 
 
 def norm_forward(*, offset: float = 0.0) -> Forward:
@@ -88,6 +91,9 @@ def attention_forward(otherwise: Forward) -> Forward:
         if past_key_values is None and position_embeddings is not None and torch.is_grad_enabled():
             groups = attention_groups(self)
         if isinstance(groups, str) or attentions_are_collected():
+            documents = kwargs.pop("documents", None)
+            if documents is not None:
+                attention_mask = mask_of_documents(documents, self, hidden_states)
             return otherwise(
                 self, hidden_states=hidden_states, position_embeddings=position_embeddings,
                 attention_mask=attention_mask, past_key_values=past_key_values, **kwargs,
@@ -98,7 +104,7 @@ def attention_forward(otherwise: Forward) -> Forward:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         q, k = (getattr(self, name)(x) if hasattr(self, name) else x for name, x in (("q_norm", q), ("k_norm", k)))
         q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-        attended = attention(q, k, v.transpose(1, 2), attention_case(self, attention_mask, kwargs))
+        attended = attention(q, k, v.transpose(1, 2), attention_case(self, hidden_states, attention_mask, kwargs))
         return project_group(attended.transpose(1, 2).flatten(2), output), None
 
     return forward
@@ -132,7 +138,7 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
             return call(hidden_states)
         assert position_embeddings is not None
         cos, sin = position_embeddings
-        case = attention_case(self.self_attn, attention_mask, kwargs)
+        case = attention_case(self.self_attn, hidden_states, attention_mask, kwargs)
         keep = Keep.ALL
         if torch.is_grad_enabled():
             keep = planner.keep(self.self_attn.layer_idx, hidden_states, layer)
@@ -321,14 +327,23 @@ def logit_transform(config: Any) -> LogitTransform:
     )
 
 
-def attention_case(module: Any, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> AttentionCase:
+def attention_case(
+    module: Any, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> AttentionCase:
     """The attention of one call. Other implementations than SDPA are called as transformers calls them."""
     dropout = module.attention_dropout if module.training else 0.0
     implementation = module.config._attn_implementation
+    documents, window = kwargs.get("documents"), window_of(module)
     if implementation in ("sdpa", "eager") and not kwargs.get("output_attentions"):
-        return AttentionCase(module.scaling, mask, dropout)
+        if documents is None:
+            return AttentionCase(module.scaling, mask, dropout)
+        packed = documents.on(hidden_states.device) if documents.is_packed else None
+        window = window if window < documents.length else 0
+        return AttentionCase(module.scaling, None, dropout, documents=packed, sliding_window=window)
+    if documents is not None:
+        mask = mask_of_documents(documents, module, hidden_states)
     passed = {name: value for name, value in kwargs.items() if name not in _IGNORABLE}
-    sliding = {"sliding_window": module.sliding_window} if getattr(module, "sliding_window", None) else {}
+    sliding = {"sliding_window": window} if window else {}
     interface = ALL_ATTENTION_FUNCTIONS[implementation]
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -365,6 +380,7 @@ def _run_decoder(
     if _is_right_padding(mask, shift_labels) and inputs.get("past_key_values") is None:
         # Causal attention never lets a token see padding to its right.
         inputs["attention_mask"] = None
+    keep_documents_apart(model.config, inputs)
     outputs = model.model(**inputs)
     outputs.last_hidden_state = outputs.last_hidden_state.to(device)
     return shift_labels.to(device), outputs, count

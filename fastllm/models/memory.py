@@ -81,8 +81,8 @@ class ActivationPlanner:
         """The attention kernel of this forward: the same in all layers that see the same shapes."""
         scores = q.shape[0] * q.shape[2] * k.shape[2]
         allow_cudnn = self._forwards_of_shape.get(self._shape, 0) * scores >= _CUDNN_AFTER_SCORES
-        has_mask, has_function = case.mask is not None, case.function is not None
-        key = (q.shape, k.shape, q.dtype, q.device, has_mask, has_function, case.dropout, allow_cudnn,
+        given = tuple(part is not None for part in (case.mask, case.function, case.documents))
+        key = (q.shape, k.shape, q.dtype, q.device, given, case.sliding_window, case.softcap, case.dropout, allow_cudnn,
                torch.are_deterministic_algorithms_enabled())  # fmt: skip
         if key not in self._backends:
             self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=allow_cudnn)

@@ -14,6 +14,7 @@ from fastllm.kernels.attention import (
     attention_reference,
     choose_backend,
 )
+from fastllm.kernels.documents import Documents
 
 from . import eager
 from .conftest import DTYPES
@@ -98,6 +99,105 @@ def check_two_functions(setting: Setting, shape: str, mask: torch.Tensor | None,
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_functions(setting, shape, kind):
     check_two_functions(setting, shape, masks(setting, shape, kind))
+
+
+# (lengths of the documents in each row, or None; sliding window; soft-capping), for rows of 61 tokens.
+NARROWED = {
+    "packed": ([[1, 30, 7, 23]], 0, 0.0),
+    "two_rows": ([[40, 21], [61]], 0, 0.0),
+    "window": (None, 9, 0.0),
+    "packed_window": ([[17, 44], [3, 58]], 16, 0.0),
+    "softcap": (None, 0, 1.5),
+    "everything": ([[50, 11]], 20, 2.0),
+}
+NARROWED_SHAPE = (6, 2, 61, 32)
+
+
+def positions_of(lengths: list[list[int]]) -> torch.Tensor:
+    """Position ids [B, S] of rows of documents."""
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+
+
+def seen_by_rule(lengths: list[list[int]], window: int) -> torch.Tensor:
+    """The mask [B, 1, S, S] by the definition, token by token."""
+    mask = torch.zeros(len(lengths), 1, sum(lengths[0]), sum(lengths[0]), dtype=torch.bool)
+    for row, documents in enumerate(lengths):
+        begin = 0
+        for length in documents:
+            for query in range(begin, begin + length):
+                first = max(begin, query - window + 1) if window else begin
+                mask[row, 0, query, first : query + 1] = True
+            begin += length
+    return mask
+
+
+def narrowed(setting: Setting, name: str, shape: tuple[int, int, int, int] = NARROWED_SHAPE):
+    """(case, inputs, upstream gradient, the op as eager attention with a dense mask)."""
+    lengths, window, softcap = NARROWED[name]
+    q_heads, k_heads, length, width = shape
+    batch = len(lengths or [0])
+    q, k, v = (setting.randn(batch, length, n, width).transpose(1, 2) for n in (q_heads, k_heads, k_heads))
+    documents = None if lengths is None else Documents.from_position_ids(positions_of(lengths).to(q.device), batch)
+    case = AttentionCase(1.1 * width**-0.5, documents=documents, sliding_window=window, softcap=softcap)
+    mask = seen_by_rule(lengths or [[length]], window).to(q.device)
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return eager.attention(q, k, v, scaling=case.scaling, mask=mask, softcap=softcap)
+
+    upstream = setting.randn(batch, length, q_heads, width).transpose(1, 2)
+    return case, {"q": q, "k": k, "v": v}, upstream, plain
+
+
+def check_narrowed(setting: Setting, name: str, backend: str, shape: tuple[int, int, int, int] = NARROWED_SHAPE):
+    """Forward and backward of one backend beside a dense mask."""
+    case, inputs, upstream, plain = narrowed(setting, name, shape)
+    with setting.active():
+        result = attention_forward(*inputs.values(), case, backend, needs_backward=True)
+        grads = attention_backward(result, upstream, *inputs.values(), case)
+    theirs, truth = run(plain, inputs, (upstream,)), run(plain, wide(inputs), (upstream.double(),))
+    for output, value in zip(LIMITS, (result.out, *grads), strict=True):
+        assert value.dtype == setting.dtype
+        assert_parity(f"{backend} {output}", value, theirs[output], truth[output], LIMIT)
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_documents_windows_and_capped_scores(setting, name):
+    case, inputs, upstream, plain = narrowed(setting, name)
+    for op in (attention, attention_reference):
+        check_op(lambda q, k, v, op=op: op(q, k, v, case), plain, setting, inputs, LIMITS, upstream=(upstream,))
+
+
+def test_a_document_does_not_see_another(setting):
+    """Not one bit of a document's output or gradient depends on what stands beside it."""
+    case, inputs, upstream, _ = narrowed(setting, "packed")
+    first = slice(0, 31)
+    found = []
+    for scale in (1.0, -3.0):
+        changed = {name: t.clone() for name, t in inputs.items()}
+        for tensor in changed.values():
+            tensor[:, :, 31:] *= scale
+        results = run(lambda q, k, v: attention(q, k, v, case), changed, (upstream,))
+        found.append({name: t[:, :, first] for name, t in results.items()})
+    for name, value in found[0].items():
+        assert value.equal(found[1][name]), name
+
+
+def test_documents_of_position_ids():
+    documents = Documents.from_position_ids(torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]), 2)
+    assert documents is not None and documents.is_packed
+    assert documents.cu_seqlens.tolist() == [0, 3, 5, 6, 12] and documents.max_seqlen == 6
+    starts, ends = documents.bounds
+    assert starts.tolist() == [[0, 0, 0, 3, 3, 5], [0] * 6] and ends.tolist() == [[3, 3, 3, 5, 5, 6], [6] * 6]
+    shared = Documents.from_position_ids(torch.tensor([[4, 5, 0, 1]]), 3)
+    assert shared is not None and shared.cu_seqlens.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert Documents.from_position_ids(torch.arange(7)[None], 2) is None
+    rows = Documents.whole_rows(3, 5, torch.device("cpu"))
+    assert rows.cu_seqlens.tolist() == [0, 5, 10, 15] and not rows.is_packed
+
+
+def test_a_mask_and_documents_at_once_are_refused():
+    with pytest.raises(ValueError, match="no mask"):
+        AttentionCase(1.0, torch.ones(1, 1, 2, 2).bool(), sliding_window=1)
 
 
 def test_custom_function(setting):
