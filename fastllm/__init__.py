@@ -13,8 +13,10 @@ __version__ = "0.1.0"
 # public name -> the module that defines it
 _EXPORTS: dict[str, str] = {
     "FastLanguageModel": "fastllm.models.language",
+    "FastModel": "fastllm.models.vision",
     "FastTrainer": "fastllm.trainer",
     "FastTrainingArguments": "fastllm.trainer",
+    "FastVisionModel": "fastllm.models.vision",
     "UnslothTrainer": "fastllm.trainer",
     "UnslothTrainingArguments": "fastllm.trainer",
     "unsloth_train": "fastllm.trainer",
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from ._device import is_bf16_supported as is_bf16_supported
     from ._device import is_bfloat16_supported as is_bfloat16_supported
     from .models.language import FastLanguageModel as FastLanguageModel
+    from .models.vision import FastModel as FastModel
+    from .models.vision import FastVisionModel as FastVisionModel
     from .trainer import FastTrainer as FastTrainer
     from .trainer import FastTrainingArguments as FastTrainingArguments
     from .trainer import UnslothTrainer as UnslothTrainer

@@ -53,3 +53,13 @@ def default_causal_lm_loss() -> Any:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return ForCausalLMLoss
+
+
+def recompute_layers(model: Any, wanted: bool) -> None:
+    """Switch transformers' own recomputation of layers in the backward. `gradient_checkpointing_enable` became
+    `activation_checkpointing_enable` in transformers 5.2x."""
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    if wanted:
+        getattr(model, f"{name}_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_disable")()

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._errors import ArgumentError, MissingPackageError, nearest, reject_unknown
+from .._errors import ArgumentError, MissingPackageError, UnsupportedError, nearest, reject_unknown
 from .._notices import notice, warn
 from .arch import get_arch
 from .memory import checkpointing_setting
 from .mixed_precision import hold_in_fp32
-from .model_methods import PLANNER
+from .model_methods import CHECKPOINTING, PLANNER, TRAINED_IN_FULL
 from .modes import for_training
 from .patch import unwrapped
+from .vision_layout import Parts, has_vision, target_pattern
 
 # Named as targets, these are trained in full: a low-rank update of an embedding learns new tokens badly.
-_TRAINED_IN_FULL = ("embed_tokens", "lm_head")
+_VOCABULARY = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class AdapterRequest:
     """The arguments of `get_peft_model`. `options` are further fields of `peft.LoraConfig`."""
 
     r: int = 16
-    target_modules: Sequence[str] | str = "all-linear"
+    target_modules: Sequence[str] | str | None = "all-linear"
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     bias: str = "none"
@@ -88,13 +89,46 @@ def add_adapter(model: Any, request: AdapterRequest, known: Iterable[str]) -> An
     return _ready(adapted, setting)
 
 
+def within(model: Any, request: AdapterRequest, parts: Parts) -> AdapterRequest:
+    """The request with its targets limited to `parts` of the model. A regular expression is taken as it is."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        return request
+    targets = request.target_modules
+    if targets == "all-linear":
+        parts, targets = Parts(), None
+    names = [] if targets is None else listed_targets(targets)
+    if isinstance(names, str):
+        if not parts.is_everything:
+            notice("fastllm: target_modules is a regular expression: the finetune_* switches have no effect on it")
+        return request
+    if names and parts.is_everything:
+        return request
+    in_full = [name for name in names if name.rsplit(".", 1)[-1] in _VOCABULARY]
+    names = _existing(model, [name for name in names if name not in in_full], "target_modules")
+    layers = _layers(model, request)
+    if layers is not None and parts.vision and has_vision(model):
+        raise UnsupportedError(
+            "layers_to_transform and finetune_last_n_layers count the decoder's layers, and the vision tower's are "
+            "to be trained as well", where="get_peft_model", fix="finetune_vision_layers=False",
+        )  # fmt: skip
+    if names:
+        notice(f"fastllm: of {', '.join(names)}, those in the parts that the finetune_* switches leave on are trained")
+    pattern = target_pattern(model, parts, names, [layers] if isinstance(layers, int) else layers)
+    saved = [*(request.modules_to_save or []), *in_full]
+    return dataclasses.replace(
+        request, target_modules=pattern, modules_to_save=saved, layers_to_transform=None, finetune_last_n_layers=None
+    )
+
+
 def load_adapter(model: Any, adapter: str, **hub: Any) -> Any:
     """The model with a saved adapter on it, trainable."""
     from peft import PeftModel
 
     planner = getattr(model, PLANNER, None)
     adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, **hub)
-    return _ready(adapted, "fastllm" if planner is None else planner.setting)
+    return _ready(adapted, getattr(model, CHECKPOINTING, "fastllm") if planner is None else planner.setting)
 
 
 def _ready(adapted: Any, setting: bool | str) -> Any:
@@ -133,8 +167,7 @@ def _numel(parameter: Any) -> int:
 
 
 def _trains_in_full(model: Any) -> bool:
-    planner = getattr(model, PLANNER, None)
-    return planner is not None and planner.reserved_bytes > 0
+    return getattr(model, TRAINED_IN_FULL, False)
 
 
 def _rank(r: Any) -> int:
@@ -145,24 +178,32 @@ def _rank(r: Any) -> int:
 
 def _targets(model: Any, request: AdapterRequest) -> tuple[list[str] | str, list[str]]:
     """(modules that get LoRA, modules trained in full). Every listed name must occur in the model."""
-    targets: Any = request.target_modules
+    targets = listed_targets(request.target_modules or "all-linear")
     in_full = list(request.modules_to_save or [])
-    if isinstance(targets, str) and targets.strip().startswith("["):
-        try:
-            targets = [str(name) for name in ast.literal_eval(targets.strip())]
-        except (ValueError, SyntaxError) as error:
-            raise ArgumentError(
-                f"{targets!r} looks like a list but can't be read as one", where="target_modules", fix='["q_proj", ...]'
-            ) from error
-        notice(f"fastllm: target_modules was a list written as a string; read as {targets}")
     if isinstance(targets, str):
         return targets, _existing(model, in_full, "modules_to_save")
-    targets = _existing(model, list(targets), "target_modules")
-    moved = [name for name in targets if name.rsplit(".", 1)[-1] in _TRAINED_IN_FULL]
+    targets = _existing(model, targets, "target_modules")
+    moved = [name for name in targets if name.rsplit(".", 1)[-1] in _VOCABULARY]
     if moved:
         notice(f"fastllm: {', '.join(moved)} in target_modules is trained in full, in fp32, instead of by LoRA")
     in_full += [name for name in moved if name not in in_full]
     return [name for name in targets if name not in moved], _existing(model, in_full, "modules_to_save")
+
+
+def listed_targets(targets: Sequence[str] | str) -> list[str] | str:
+    """`target_modules` as a list, also where the list is written as a string; other strings as they are."""
+    if not isinstance(targets, str):
+        return list(targets)
+    if not targets.strip().startswith("["):
+        return targets
+    try:
+        names = [str(name) for name in ast.literal_eval(targets.strip())]
+    except (ValueError, SyntaxError) as error:
+        raise ArgumentError(
+            f"{targets!r} looks like a list but can't be read as one", where="target_modules", fix='["q_proj", ...]'
+        ) from error
+    notice(f"fastllm: target_modules was a list written as a string; read as {names}")
+    return names
 
 
 def _existing(model: nn.Module, names: list[str], where: str) -> list[str]:

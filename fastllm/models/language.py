@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import ArgumentError, UnsupportedError, reject_unknown
 from .._notices import notice
 from . import modes
-from .adapters import AdapterRequest, add_adapter
+from .adapters import AdapterRequest, add_adapter, within
 from .loader import DefaultLength, LoadRequest, load, parse_dtype
 from .trl_shim import install_trl_shim
+from .vision_layout import Parts, has_vision
 
 # Options of transformers' from_pretrained that pass through to every download.
 _HUB_OPTIONS = (
@@ -24,7 +26,12 @@ _HUB_OPTIONS = (
     "proxies",
 )
 _LOAD_OPTIONS = ("quantization_config", "attn_implementation", "config", "tokenizer_name", "torch_dtype")
-_DEFAULT_LENGTH = DefaultLength(2048)
+# Arguments that `LoadRequest` has under the same name.
+_PASSED_ON = (
+    "max_seq_length", "full_finetuning", "device_map", "rope_scaling", "fix_tokenizer", "trust_remote_code",
+    "use_gradient_checkpointing", "resize_model_vocab", "text_only", "patch", "strict",
+)  # fmt: skip
+DEFAULT_LENGTH = DefaultLength(2048)
 _HEAD_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 # Arguments of features that are not here yet: name -> (value that asks for nothing, what it would do).
 _LATER = {
@@ -44,7 +51,7 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str = "unsloth/Llama-3.2-1B-Instruct",
-        max_seq_length: int | None = _DEFAULT_LENGTH,
+        max_seq_length: int | None = DEFAULT_LENGTH,
         dtype: Any = None,
         load_in_4bit: bool = True,
         load_in_8bit: bool = False,
@@ -99,41 +106,7 @@ class FastLanguageModel:
             ModelError, TokenizerError: the checkpoint can't be used, with the reason.
             UnsupportedError: a feature of Unsloth that this version does not have.
         """
-        where = "FastLanguageModel.from_pretrained"
-        given = locals()
-        _refuse_later(where, {name: given[name] for name in _LATER})
-        _explain_vllm_only({name: given[name] for name in _VLLM_ONLY})
-        if any(options.get(name) is not None for name in _HEAD_OPTIONS):
-            raise UnsupportedError("classification heads are not part of this version", where=where)
-        reject_unknown(where, options, [*_HUB_OPTIONS, *_LOAD_OPTIONS, *_HEAD_OPTIONS, *_parameters(given)])
-        install_trl_shim()
-        hub = {
-            "token": token,
-            "revision": revision,
-            **{name: options[name] for name in _HUB_OPTIONS if name in options},
-        }
-        request = LoadRequest(
-            model_name=_checked_name(model_name),
-            max_seq_length=max_seq_length,
-            dtype=parse_dtype(dtype if dtype is not None else options.get("torch_dtype")),
-            bits=_bits(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning),
-            full_finetuning=full_finetuning,
-            float32_weights=bool(float32_mixed_precision),
-            quantization_config=options.get("quantization_config"),
-            device_map=device_map,
-            rope_scaling=rope_scaling,
-            fix_tokenizer=fix_tokenizer,
-            trust_remote_code=trust_remote_code,
-            use_gradient_checkpointing=use_gradient_checkpointing,
-            resize_model_vocab=resize_model_vocab,
-            tokenizer_name=options.get("tokenizer_name"),
-            attn_implementation=options.get("attn_implementation"),
-            config=options.get("config"),
-            patch=patch,
-            strict=strict,
-            hub={name: value for name, value in hub.items() if value is not None},
-        )
-        return load(request)
+        return load_with("FastLanguageModel.from_pretrained", locals())
 
     @staticmethod
     def get_peft_model(
@@ -180,19 +153,8 @@ class FastLanguageModel:
             ArgumentError: an unknown argument, or targets that match nothing in the model.
         """
         where = "FastLanguageModel.get_peft_model"
-        _refuse_later(where, {"qat_scheme": qat_scheme})
-        return add_adapter(
-            model,
-            AdapterRequest(
-                r=r, target_modules=target_modules, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
-                layers_to_transform=layers_to_transform, layers_pattern=layers_pattern, use_rslora=use_rslora,
-                modules_to_save=modules_to_save, init_lora_weights=init_lora_weights, loftq_config=loftq_config,
-                target_parameters=target_parameters, ensure_weight_tying=ensure_weight_tying, use_dora=use_dora,
-                finetune_last_n_layers=finetune_last_n_layers, use_gradient_checkpointing=use_gradient_checkpointing,
-                random_state=random_state, options=options,
-            ),
-            known=[name for name in FastLanguageModel.get_peft_model.__annotations__ if name != "return"],
-        )  # fmt: skip
+        parts = Parts(vision=False) if has_vision(model) else None
+        return adapt_with(where, locals(), parts, FastLanguageModel.get_peft_model)
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
@@ -203,6 +165,40 @@ class FastLanguageModel:
     def for_inference(model: Any) -> Any:
         """Evaluation mode: dropout off, padding left, key-value cache on."""
         return modes.for_inference(model)
+
+
+def load_with(where: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Check the arguments of a `from_pretrained`, `given` by name, and load the model."""
+    options = given["options"]
+    _refuse_later(where, {name: given[name] for name in _LATER})
+    _explain_vllm_only({name: given[name] for name in _VLLM_ONLY})
+    if any(options.get(name) is not None for name in _HEAD_OPTIONS):
+        raise UnsupportedError("classification heads are not part of this version", where=where)
+    reject_unknown(where, options, [*_HUB_OPTIONS, *_LOAD_OPTIONS, *_HEAD_OPTIONS, *_parameters(given)])
+    install_trl_shim()
+    hub = {name: given.get(name, options.get(name)) for name in _HUB_OPTIONS}
+    dtype = given["dtype"] if given["dtype"] is not None else options.get("torch_dtype")
+    request = LoadRequest(
+        model_name=_checked_name(given["model_name"]),
+        dtype=parse_dtype(dtype),
+        bits=_bits(given["load_in_4bit"], given["load_in_8bit"], given["load_in_16bit"], given["full_finetuning"]),
+        float32_weights=bool(given["float32_mixed_precision"]),
+        hub={name: value for name, value in hub.items() if value is not None},
+        **{name: given[name] for name in _PASSED_ON},
+        **{name: options.get(name) for name in _LOAD_OPTIONS if name != "torch_dtype"},
+    )
+    return load(request)
+
+
+def adapt_with(where: str, given: Mapping[str, Any], parts: Parts | None, call: Any) -> Any:
+    """Check the arguments of `call`, a `get_peft_model`, `given` by name, and add the adapter to `parts`."""
+    _refuse_later(where, {"qat_scheme": given["qat_scheme"]})
+    fields = [field.name for field in dataclasses.fields(AdapterRequest)]
+    request = AdapterRequest(**{name: given[name] for name in fields})
+    model = given["model"]
+    if parts is not None:
+        request = within(model, request, parts)
+    return add_adapter(model, request, known=[name for name in call.__annotations__ if name != "return"])
 
 
 def _parameters(given: Mapping[str, Any]) -> list[str]:

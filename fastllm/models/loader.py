@@ -14,12 +14,16 @@ from .._compat import use_expandable_segments
 from .._device import Device, default_device
 from .._errors import ArgumentError, ModelError, UnsupportedError
 from .._notices import notice, warn
+from ..text.rendering import tokenizer_of
 from .arch import get_arch, supported_model_types
 from .memory import checkpointing_setting
-from .model_methods import PLANNER, TOKENIZER
+from .model_methods import PLANNER, TOKENIZER, TRAINED_IN_FULL
+from .modes import checkpoint_blocks
 from .patch import adapt
+from .processor import load_processor
 from .quantized import bitsandbytes_config, given_config
 from .tokenizer import load_tokenizer, settle_tokens
+from .vision_layout import outside_the_decoder
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -45,6 +49,7 @@ class LoadRequest:
     trust_remote_code: bool = False
     use_gradient_checkpointing: bool | str = "fastllm"
     resize_model_vocab: int | None = None
+    text_only: bool = False
     tokenizer_name: str | None = None
     attn_implementation: str | None = None
     config: Any = None
@@ -61,6 +66,10 @@ class Source:
     config: Any
     adapter: str | None = None
 
+    @property
+    def has_vision(self) -> bool:
+        return getattr(self.config, "vision_config", None) is not None
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -72,7 +81,7 @@ class Precision:
 
 
 def load(request: LoadRequest) -> tuple[Any, Any]:
-    """(model, tokenizer): the model adapted to the fast classes where its architecture has them."""
+    """(model, tokenizer or processor): the model adapted to the fast classes where its architecture has them."""
     started = time.perf_counter()
     device = default_device()
     if device.kind == "cuda" and use_expandable_segments():
@@ -84,12 +93,12 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
     if request.resize_model_vocab is not None:
         model.resize_token_embeddings(request.resize_model_vocab)
     _adapt(model, request)
-    tokenizer_source = request.tokenizer_name or _tokenizer_home(source)
-    tokenizer = load_tokenizer(
-        tokenizer_source, max_length=max_seq_length, trust_remote_code=request.trust_remote_code, padding_side="left",
-        **request.hub,
+    load_text_side = load_processor if source.has_vision else load_tokenizer
+    tokenizer = load_text_side(
+        request.tokenizer_name or _tokenizer_home(source), max_length=max_seq_length,
+        trust_remote_code=request.trust_remote_code, padding_side="left", **request.hub,
     )  # fmt: skip
-    settle_tokens(tokenizer, model, repair=request.fix_tokenizer)
+    settle_tokens(tokenizer_of(tokenizer), model, repair=request.fix_tokenizer)
     setattr(model, TOKENIZER, tokenizer)
     model.max_seq_length = max_seq_length
     if request.full_finetuning:
@@ -119,13 +128,14 @@ def resolve(request: LoadRequest) -> Source:
             where=name,
             fix="give a folder that holds config.json, or a repository name; for a private one also token=...",
         ) from error
-    if getattr(config, "vision_config", None) is not None:
+    source = Source(name, config, adapter)
+    if source.has_vision and request.text_only:
         raise UnsupportedError(
-            f"{config.model_type!r} is a vision-language model, which this version does not load",
+            f"{config.model_type!r} can't be loaded without its vision tower in this version",
             where=name,
-            fix="load its text model, or use transformers until FastVisionModel is here",
+            fix="leave text_only out: get_peft_model(finetune_vision_layers=False) trains the language layers alone",
         )
-    return Source(name, config, adapter)
+    return source
 
 
 def _adapter_base(adapter: str, hub: Mapping[str, Any]) -> str:
@@ -225,14 +235,18 @@ def _existing_quantization(request: LoadRequest, existing: Any, dtype: torch.dty
 
 
 def _load_weights(request: LoadRequest, source: Source, precision: Precision, device: Device) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    options: dict[str, Any] = (
-        {"quantization_config": precision.quantization} if precision.quantization is not None else {}
-    )
+    auto_class: Any = AutoModelForImageTextToText if source.has_vision else AutoModelForCausalLM
+    options: dict[str, Any] = {}
+    if precision.quantization is not None:
+        options["quantization_config"] = precision.quantization
+        if source.has_vision and request.quantization_config is None:
+            skipped = outside_the_decoder(auto_class, source.config, request.trust_remote_code)
+            precision.quantization.llm_int8_skip_modules = skipped
     if request.attn_implementation is not None:
         options["attn_implementation"] = request.attn_implementation
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class.from_pretrained(
         source.base, config=source.config, dtype=precision.dtype, device_map=_device_map(request.device_map, device),
         trust_remote_code=request.trust_remote_code, **options, **request.hub,
     )  # fmt: skip
@@ -257,10 +271,13 @@ def _adapt(model: Any, request: LoadRequest) -> None:
                 text, where=request.model_name, fix="leave strict=True out to train it with transformers' own code"
             )
         notice(f"fastllm: {text}. The model runs transformers' own forward.")
-    adapt(model, arch, checkpointing_setting(request.use_gradient_checkpointing))
+    setting = checkpointing_setting(request.use_gradient_checkpointing)
+    adapt(model, arch, setting)
+    checkpoint_blocks(model, setting)
 
 
 def _train_everything(model: Any) -> None:
+    setattr(model, TRAINED_IN_FULL, True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     planner = getattr(model, PLANNER, None)

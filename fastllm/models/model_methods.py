@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # Attribute of the model and of each decoder layer that leads to the model's ActivationPlanner.
 PLANNER = "_fastllm_planner"
 TOKENIZER = "_fastllm_tokenizer"
+# On a model without a planner: its `use_gradient_checkpointing`, which transformers' own checkpointing carries out.
+CHECKPOINTING = "_fastllm_checkpointing"
+TRAINED_IN_FULL = "_fastllm_trained_in_full"
 
 
 class ModelMethods:

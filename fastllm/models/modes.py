@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._compat import recompute_layers
 from .._errors import ArgumentError
-from .model_methods import PLANNER, TOKENIZER
+from .._notices import warn
+from ..text.rendering import tokenizer_of
+from .memory import checkpointing_setting
+from .model_methods import CHECKPOINTING, PLANNER, TOKENIZER
 from .patch import unwrapped
 
 
@@ -13,8 +17,10 @@ def for_training(model: Any, use_gradient_checkpointing: bool | str | None = Non
     """Dropout on, no key-value cache, tokenizer pads right. `use_gradient_checkpointing` changes the setting."""
     base = _checked(model)
     planner = getattr(base, PLANNER, None)
-    if planner is not None and use_gradient_checkpointing is not None:
-        planner.use(use_gradient_checkpointing)
+    if use_gradient_checkpointing is not None:
+        if planner is not None:
+            planner.use(use_gradient_checkpointing)
+        checkpoint_blocks(base, checkpointing_setting(use_gradient_checkpointing))
     base.config.use_cache = False
     _pad(base, "right")
     return model.train()
@@ -26,6 +32,23 @@ def for_inference(model: Any) -> Any:
     base.config.use_cache = True
     _pad(base, "left")
     return model.eval()
+
+
+def checkpoint_blocks(base: Any, setting: bool | str) -> None:
+    """transformers' own checkpointing for the blocks that no planner looks after: all of a model without fast classes,
+    and the vision tower of one that has them. Whatever is not off recomputes every such block."""
+    was_on = getattr(base, CHECKPOINTING, False) is not False
+    setattr(base, CHECKPOINTING, setting)
+    has_tower = getattr(base.config, "vision_config", None) is not None
+    if getattr(base, PLANNER, None) is not None and not has_tower:
+        return
+    if setting is False:
+        if was_on:
+            recompute_layers(base, False)
+    elif base.supports_gradient_checkpointing:
+        recompute_layers(base, True)
+    else:
+        warn(f"{type(base).__name__} can't recompute its layers: use_gradient_checkpointing={setting!r} has no effect")
 
 
 def _checked(model: Any) -> Any:
@@ -42,4 +65,4 @@ def _checked(model: Any) -> Any:
 def _pad(base: Any, side: str) -> None:
     tokenizer = getattr(base, TOKENIZER, None)
     if tokenizer is not None:
-        tokenizer.padding_side = side
+        tokenizer_of(tokenizer).padding_side = side

@@ -11,7 +11,7 @@ from typing import Any
 from .._errors import DataError
 from .._notices import notice
 from .blocks import head_reason, token_losses
-from .model_methods import PLANNER, ModelMethods
+from .model_methods import CHECKPOINTING, PLANNER, ModelMethods
 from .patch import unwrapped
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
@@ -133,8 +133,8 @@ def _settle_config(args: Any, base: Any) -> None:
                 f"fastllm: max_length is {loaded:,}, as the model was loaded (the trainer's default: {args.max_length})"
             )
         args.max_length = loaded
-    if hasattr(base, PLANNER) and getattr(args, "gradient_checkpointing", False):
-        setting = getattr(base, PLANNER).setting
+    setting = getattr(base, CHECKPOINTING, None)
+    if setting is not None and getattr(args, "gradient_checkpointing", False):
         args.gradient_checkpointing = False
         notice(
             "fastllm: the trainer's gradient_checkpointing=True is left to the model: "
