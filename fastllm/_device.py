@@ -100,8 +100,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_bf16_supported() -> bool:
-    """Whether this machine's default device computes in bf16 natively (false on a T4, where fp16 is used)."""
-    return default_device().has_bf16
+    """Whether training on this machine takes bf16: false on a T4, which takes fp16, and on a CPU, which takes fp32.
+
+    It is what notebooks give trainers as `bf16=is_bf16_supported(), fp16=not is_bf16_supported()`.
+    """
+    device = default_device()
+    return device.has_bf16 and device.kind != "cpu"
 
 
 is_bfloat16_supported = is_bf16_supported

@@ -41,10 +41,12 @@ class ModelMethods:
         return for_inference(self)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """`transformers`' generate, in evaluation mode whatever the present mode; also takes a tokenizer's output as
-        its one argument."""
+        """`transformers`' generate, in evaluation mode whatever the present mode. Also takes a tokenizer's whole output,
+        as its one argument or as `input_ids`, which is how `apply_chat_template` returns it since transformers 5."""
         from .mixed_precision import mixed_precision
 
+        if isinstance(kwargs.get("input_ids"), Mapping):
+            inputs = kwargs.pop("input_ids")
         if isinstance(inputs, Mapping):
             kwargs, inputs = {**inputs, **kwargs}, None
         was_training = self.training  # pyright: ignore[reportAttributeAccessIssue]

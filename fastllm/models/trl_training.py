@@ -133,6 +133,9 @@ def _settle_config(args: Any, base: Any) -> None:
                 f"fastllm: max_length is {loaded:,}, as the model was loaded (the trainer's default: {args.max_length})"
             )
         args.max_length = loaded
+    if base.device.type == "cpu" and getattr(args, "fp16", False):
+        args.fp16, args.mixed_precision = False, "no"
+        notice("fastllm: fp16=True is left out: the model is on a CPU and trains in its own dtype", once="trl:cpu-fp16")
     setting = getattr(base, CHECKPOINTING, None)
     if setting is not None and getattr(args, "gradient_checkpointing", False):
         args.gradient_checkpointing = False
