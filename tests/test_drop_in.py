@@ -102,7 +102,8 @@ def test_the_conversational_notebook(tmp_path, monkeypatch, capsys):
     )
     FastLanguageModel.for_inference(again)
     with torch.no_grad():
-        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-3)
+        # bitsandbytes computes 4-bit inference on a CPU in bf16 where it can
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=2e-2)
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert list((tmp_path / "model_gguf").glob("*.gguf"))
     assert "is called processing_class= in present TRL" in capsys.readouterr().out
