@@ -42,6 +42,7 @@ _DROPPED = {
     "use_ipex": "torch needs no extension for it",
     "jit_mode_eval": "evaluation is not traced",
     "include_tokens_per_second": "num_tokens is logged",
+    "max_prompt_length": "prompt and answer together are cut to max_length",
 }
 _installed: dict[type, Callable[..., None]] = {}
 
