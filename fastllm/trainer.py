@@ -13,6 +13,8 @@ from trl import SFTConfig, SFTTrainer
 from ._errors import UnsupportedError
 from ._notices import notice
 from .models.patch import unwrapped
+from .vision_data import UnslothVisionDataCollator, VisionDataCollator
+from .vision_data import UnslothVisionDataCollator, VisionDataCollator
 
 
 class FastTrainingArguments(SFTConfig):
@@ -79,6 +81,26 @@ def unsloth_train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """`trainer.train()`: gradient accumulation is right in every present trainer."""
     return trainer.train(*args, **kwargs)
 
+
+__all__ = [
+    "FastTrainer",
+    "FastTrainingArguments",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
+    "UnslothVisionDataCollator",
+    "VisionDataCollator",
+    "unsloth_train",
+]
+
+__all__ = [
+    "FastTrainer",
+    "FastTrainingArguments",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
+    "UnslothVisionDataCollator",
+    "VisionDataCollator",
+    "unsloth_train",
+]
 
 UnslothTrainer = FastTrainer
 UnslothTrainingArguments = FastTrainingArguments

@@ -21,7 +21,7 @@ ALL_PYTHON = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglo
 # of every floor when they are asked for; of it, rooms read the version.
 FLOORS = [
     {"_errors", "_notices", "_device", "_compat"},
-    {"kernels", "gguf", "text"},
+    {"kernels", "gguf", "text", "images"},
     {"chat_templates", "data", "vision_data", "packing"},
     {"models"},
     {"compat", "save", "trainer"},

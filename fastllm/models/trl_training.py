@@ -10,6 +10,7 @@ from typing import Any
 
 from .._errors import DataError
 from .._notices import notice
+from ..vision_data import VisionDataCollator
 from .blocks import head_reason, token_losses
 from .model_methods import CHECKPOINTING, PLANNER, ModelMethods
 from .patch import unwrapped
@@ -27,10 +28,14 @@ def construct(config: type, original: Callable[..., None], trainer: Any, kwargs:
         original(trainer, **kwargs)
         return
     _check_not_empty(kwargs.get("train_dataset"))
-    kwargs["train_dataset"] = _as_dataset(kwargs.get("train_dataset"))
     if kwargs.get("args") is None:
         kwargs["args"] = config()
     _settle_config(kwargs["args"], base)
+    collator = kwargs.get("data_collator")
+    if isinstance(collator, VisionDataCollator):
+        _leave_rows_to(collator, kwargs["args"])
+    else:
+        kwargs["train_dataset"] = _as_dataset(kwargs.get("train_dataset"))
     if kwargs.get("formatting_func") is not None:
         kwargs["formatting_func"] = _per_row(kwargs["formatting_func"], kwargs["train_dataset"])
     assert model is not None and not isinstance(model, str)
@@ -144,6 +149,14 @@ def _settle_config(args: Any, base: Any) -> None:
             f"use_gradient_checkpointing={setting!r}",
             once="trl:checkpointing",
         )
+
+
+def _leave_rows_to(collator: VisionDataCollator, args: Any) -> None:
+    """Rows reach a vision collator as they are: a list stays one, so that images are opened when they are needed."""
+    args.remove_unused_columns = False
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    if {"max_length", "max_seq_length"} & set(getattr(args, "_fastllm_given", ())) and args.max_length is not None:
+        collator.limit_length(args.max_length)
 
 
 def _check_not_empty(dataset: Any) -> None:
