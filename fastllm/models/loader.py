@@ -123,8 +123,10 @@ def resolve(request: LoadRequest) -> Source:
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
+        is_path = name.startswith((".", "~", os.sep)) and not os.path.exists(name)
+        cause = str(error).splitlines()[0]
         raise ModelError(
-            f"no model config could be read ({str(error).splitlines()[0]})",
+            "there is no such folder" if is_path else f"no model config could be read ({cause})",
             where=name,
             fix="give a folder that holds config.json, or a repository name; for a private one also token=...",
         ) from error
