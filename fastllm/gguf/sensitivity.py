@@ -42,6 +42,11 @@ def expected_divergences(
     return totals
 
 
+def expected_divergence(change: torch.Tensor, importance: torch.Tensor, output_importance: torch.Tensor) -> float:
+    """1/2 sum_ij E[g_i^2] E[x_j^2] dW_ij^2 of a known `change` dW [out, in]."""
+    return 0.5 * float(output_importance @ (change.square() @ importance))
+
+
 def _of_expert(moments: torch.Tensor | None, i: int, weight_dim: int) -> torch.Tensor | None:
     return moments[i] if moments is not None and weight_dim == 3 and moments.dim() == 2 else moments
 
@@ -64,6 +69,6 @@ def _of_matrix(
     divergences = {}
     for kind in kinds:
         quantizer = quantizer_of(fitting_type(kind, matrix.shape[1]))
-        change = quantizer.decode(quantizer.encode(sample, columns)).sub_(sample).square_()
-        divergences[kind.name] = 0.5 * scale * float(sampled_weight @ (change @ column_weight))
+        change = quantizer.decode(quantizer.encode(sample, columns)).sub_(sample)
+        divergences[kind.name] = scale * expected_divergence(change, column_weight, sampled_weight)
     return divergences

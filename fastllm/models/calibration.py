@@ -37,6 +37,11 @@ class CalibrationData:
     max_length: int = 512
 
 
+def calibration_data(rows: Any, num_samples: int, max_length: int) -> CalibrationData | None:
+    """The arguments of a saving method; None where there are no rows."""
+    return None if rows is None else CalibrationData(rows, num_samples, max_length)
+
+
 @dataclass
 class Moments:
     """E[x^2] of each column and E[g^2] of each row of linear weights, by the weight's name."""

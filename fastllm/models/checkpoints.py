@@ -313,7 +313,12 @@ def encode_index(files: Mapping[str, Iterable[TensorEntry]]) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-def parse_size(size: int | str) -> int:
+def header_size(entries: Iterable[TensorEntry]) -> int:
+    """Bytes before the data of a file of these tensors."""
+    return len(_encode_header(entries)[0])
+
+
+def parse_size(size: int | str, *, where: str = "max_shard_size") -> int:
     """Bytes of `5_000_000_000` or "5GB" (KB, MB, GB, TB, or with an i for powers of 1024)."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
@@ -325,4 +330,4 @@ def parse_size(size: int | str) -> int:
         units |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
         if unit in units and number.replace(".", "", 1).isdigit() and float(number) > 0:
             return int(float(number) * units[unit])
-    raise ArgumentError(f"got {size!r}", where="max_shard_size", fix='use a number of bytes or a text such as "5GB"')
+    raise ArgumentError(f"got {size!r}", where=where, fix='use a number of bytes or a text such as "5GB"')

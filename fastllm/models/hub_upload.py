@@ -13,6 +13,7 @@ from typing import Any
 from .._notices import notice, warn
 from .gguf_saving import GgufRequest, check_request, save_gguf
 from .merging import SaveRequest, parse_method, save_merged
+from .merging import check_request as check_merge
 from .model_cards import gguf_card, merged_card
 
 # Weights of an older model in the repository, which the same commit removes where it does not replace them.
@@ -43,7 +44,7 @@ def push_merged(
     if folder is not None:
         files = save_merged(model, replace(save, folder=folder))
         return upload_merged(model, folder, files, save.save_method, upload_request)
-    parse_method(save.save_method)  # before anything is made on the disk
+    check_merge(save)  # before anything is made on the disk
     with _temporary_folder(upload_request.repo_id, temporary_location) as temporary:
         files = save_merged(model, replace(save, folder=temporary.path))
         temporary.is_complete = True

@@ -91,7 +91,7 @@ def _base_projection(module: nn.Module) -> Projection | str:
         unpack_cpu_weight(module)
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        return Projection(_nf4_weight(module, state), bias)
+        return Projection(nf4_weight(module.weight, state, getattr(module, "compute_dtype", None)), bias)
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')} ({type(module).__name__})"
     if type(weight) not in (torch.Tensor, nn.Parameter):
@@ -99,12 +99,11 @@ def _base_projection(module: nn.Module) -> Projection | str:
     return Projection(weight, bias)
 
 
-def _nf4_weight(module: Any, state: Any) -> Nf4Weight:
-    """bitsandbytes' quantisation state as plain tensors."""
-    weight = module.weight
+def nf4_weight(packed: torch.Tensor, state: Any, compute_dtype: torch.dtype | None = None) -> Nf4Weight:
+    """A packed weight and bitsandbytes' quantisation state of it as plain tensors."""
     nested = state.state2 if state.nested else None
     return Nf4Weight(
-        packed=weight.detach().view(torch.uint8).reshape(-1),
+        packed=packed.detach().view(torch.uint8).reshape(-1),
         absmax=state.absmax,
         code=state.code,
         shape=(state.shape[0], state.shape[1]),
@@ -113,7 +112,7 @@ def _nf4_weight(module: Any, state: Any) -> Nf4Weight:
         nested_code=None if nested is None else nested.code,
         offset=state.offset if nested is not None else None,
         nested_blocksize=256 if nested is None else nested.blocksize,
-        compute_dtype=getattr(module, "compute_dtype", None),
+        compute_dtype=compute_dtype,
     )
 
 

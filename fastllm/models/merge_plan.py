@@ -8,7 +8,7 @@ a copy of its bytes. Otherwise the loaded weights are, dequantised where they ar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,10 +150,13 @@ class MergePlan:
         return sum(entry.num_bytes for weight in self.weights.values() for entry in self.outputs(weight))
 
 
-def plan_merge(model: Any, *, max_shard_bytes: int | None = None, four_bit: bool = False) -> MergePlan:
+def plan_merge(
+    model: Any, *, max_shard_bytes: int | None = None, four_bit: bool = False, every_layer: bool = False
+) -> MergePlan:
     """The merge of a transformers model, with or without PEFT's layers in it, and its active adapters.
 
-    `four_bit` stores the linear layers as bitsandbytes does.
+    `four_bit` stores the linear layers as bitsandbytes does: those that a loaded 4-bit model has in 4 bits, or with
+    `every_layer` all that can be.
 
     Raises:
         ModelError: adapters that are switched off or merged in place already, an adapted weight that the checkpoint
@@ -176,9 +179,17 @@ def plan_merge(model: Any, *, max_shard_bytes: int | None = None, four_bit: bool
         plan.weights[entry.name] = _planned(entry, names.parts.get(entry.name), source, adapters)
     _add_what_is_not_stored(plan, names, source)
     if four_bit:
-        plan.encoder = Nf4Encoder(model, twin, names, plan.dtype)
+        plan.encoder = Nf4Encoder(model, twin, names, plan.dtype, every_layer=every_layer)
     plan.files = _files(plan, source, max_shard_bytes)
     return plan
+
+
+def keep_16bit(plan: MergePlan, modules: Collection[str], max_shard_bytes: int | None = None) -> None:
+    """Leave these of the 4-bit layers of `plan` as they are. Raises `ArgumentError` for one that is not there."""
+    if plan.encoder is None:
+        raise ValueError("the plan stores nothing in 4 bits")
+    plan.encoder.keep(modules)
+    plan.files = _sharded(plan, max_shard_bytes)
 
 
 def find_base(model: Any) -> Path | str:
@@ -336,5 +347,9 @@ def _files(plan: MergePlan, source: WeightSource, max_shard_bytes: int | None) -
         listed = {name for names in files.values() for name in names}
         files[next(reversed(files))] += [name for name in plan.weights if name not in listed]
         return files
+    return _sharded(plan, max_shard_bytes)
+
+
+def _sharded(plan: MergePlan, max_shard_bytes: int | None) -> dict[str, list[str]]:
     sizes = {name: sum(entry.num_bytes for entry in plan.outputs(weight)) for name, weight in plan.weights.items()}
     return shard(sizes, max_shard_bytes or _SHARD_BYTES)

@@ -7,6 +7,7 @@ read back and check (`merge_checks`), and only then put in place.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .._errors import ArgumentError, ModelError, UnsupportedError, nearest
+from .._errors import ArgumentError, ModelError, TokenizerError, UnsupportedError, nearest
 from .._notices import notice, warn
 from .adapted_weights import read_adapters
 from .adapter_folder import save_adapters
+from .calibration import CalibrationData
 from .checkpoints import INDEX_FILE, SINGLE_FILE, TensorEntry, encode_index, parse_size, safetensors_writer
+from .dynamic_4bit import RECIPE_FILE, FourBitRecipe, FourBitRequest, measured_recipe
 from .merge_checks import Divergence, check_files, check_logits
-from .merge_plan import MergePlan, Weight, plan_merge
+from .merge_plan import MergePlan, Weight, keep_16bit, plan_merge
 from .model_methods import TOKENIZER
 from .patch import unwrapped
 from .staged_folder import staged_folder
@@ -32,6 +35,7 @@ _METHODS = {
     "merged_4bit": "merged_4bit",
     "merged_4bit_forced": "merged_4bit",
     "forced_merged_4bit": "merged_4bit",
+    "dynamic_4bit": "dynamic_4bit",
     "lora": "lora",
 }
 # Formats that Unsloth writes and this version does not.
@@ -46,16 +50,22 @@ _TORCHAO = ("torchao_fp8", "torchao_int8", "portable_fp8", "portable_int8")
 @dataclass(frozen=True)
 class SaveRequest:
     """The arguments of `save_pretrained_merged` that decide what is written. `max_shard_size` None keeps the files of
-    the base checkpoint."""
+    the base checkpoint; what follows it is for "dynamic_4bit"."""
 
     folder: Path
     tokenizer: Any = None
     save_method: str = "merged_16bit"
     max_shard_size: int | str | None = None
+    calibration: CalibrationData | None = None
+    target_bpw: float | None = None
+    max_size: int | str | None = None
 
 
 def parse_method(save_method: Any) -> str:
-    """The save method meant by a name in any case, with dashes or blanks. Raises for an unknown or unserved one."""
+    """The save method meant by a name in any case, with dashes or blanks, or by the path of a dynamic model's recipe.
+    Raises for an unknown or unserved one."""
+    if _is_recipe(save_method):
+        return "dynamic_4bit"
     name = str(save_method).lower().replace("-", "_").replace(" ", "_")
     if name in _METHODS:
         return _METHODS[name]
@@ -73,6 +83,33 @@ def parse_method(save_method: Any) -> str:
     )
 
 
+def check_request(request: SaveRequest) -> str:
+    """The save method of a request. Raises for what `save_merged` would refuse without having seen any weight."""
+    method = parse_method(request.save_method)
+    sized = [name for name in ("target_bpw", "max_size") if getattr(request, name) is not None]
+    followed = _is_recipe(request.save_method)
+    if sized and (method != "dynamic_4bit" or followed):
+        raise ArgumentError(
+            "the recipe has decided the size" if followed else f"{method} has one size", where=", ".join(sized),
+            fix='save_method="dynamic_4bit"',
+        )  # fmt: skip
+    if method == "dynamic_4bit" and not followed and request.calibration is None:
+        raise ArgumentError(
+            "dynamic quantization measures on data which layers need 16 bits, and there is none",
+            where="save_method", fix="calibration_dataset=dataset, for example the one that was trained on",
+        )  # fmt: skip
+    if request.calibration is not None and (method != "dynamic_4bit" or followed):
+        notice(
+            f"fastllm: calibration_dataset has no effect: {request.save_method} needs no calibration",
+            once="merged calibration",
+        )
+    return method
+
+
+def _is_recipe(save_method: Any) -> bool:
+    return isinstance(save_method, str | os.PathLike) and os.fspath(save_method).endswith(".json")
+
+
 def save_merged(model: Any, request: SaveRequest) -> list[Path]:
     """Save a model and its active adapters as `request` says, and check what was written. Returns the files.
 
@@ -83,7 +120,7 @@ def save_merged(model: Any, request: SaveRequest) -> list[Path]:
             saved model that differs from the trained one.
         SaveError: the folder can't be written, or the disk is too small.
     """
-    method = parse_method(request.save_method)
+    method = check_request(request)
     model = unwrapped(model)
     tokenizer = request.tokenizer if request.tokenizer is not None else getattr(model, TOKENIZER, None)
     _require_own_folder(model, request.folder, "config.json" if method == "lora" else "adapter_config.json")
@@ -95,17 +132,49 @@ def save_merged(model: Any, request: SaveRequest) -> list[Path]:
         notice(f"fastllm: saved {saved} to {request.folder}")
         return [request.folder / file for file in files]
     max_bytes = None if request.max_shard_size is None else parse_size(request.max_shard_size)
-    plan = plan_merge(model, max_shard_bytes=max_bytes, four_bit=method == "merged_4bit")
+    dynamic = method == "dynamic_4bit"
+    plan = plan_merge(
+        model, max_shard_bytes=max_bytes, four_bit=dynamic or method == "merged_4bit", every_layer=dynamic
+    )
     tell_source(model, plan)
+    recipe = _dynamic(model, tokenizer, plan, request, max_bytes) if dynamic else None
+    if method == "merged_4bit":
+        warn(
+            "merged_4bit rounds the merged weights to 4 bits once more, which costs accuracy that training had"
+            ' compensated for; "dynamic_4bit" costs less, "merged_16bit", or "lora" on the 4-bit base, nothing'
+        )
     with staged_folder(request.folder, plan.num_bytes) as staging:
         checksums = write_weights(plan, staging)
         _save_configs(model, plan, staging)
         _save_tokenizer(tokenizer, staging)
+        if recipe is not None:
+            recipe.save(staging / RECIPE_FILE)
         check_files(plan, staging, checksums)
         found = check_logits(model, plan, staging, tokenizer)
         files = _files_of(staging)
     notice(_summary(plan, request.folder, found))
     return [request.folder / file for file in files]
+
+
+def _dynamic(
+    model: Any, tokenizer: Any, plan: MergePlan, request: SaveRequest, max_shard_bytes: int | None
+) -> FourBitRecipe:
+    """Settle which layers of `plan` stay in 16 bits: those of a given recipe, or measured ones."""
+    if request.calibration is None or _is_recipe(request.save_method):
+        recipe = FourBitRecipe.load(request.save_method)
+    else:
+        if tokenizer is None:
+            raise TokenizerError(
+                "calibration data is text, and no tokenizer was given", where="save_pretrained_merged",
+                fix='model.save_pretrained_merged("folder", tokenizer, ...)',
+            )  # fmt: skip
+        measure = FourBitRequest(request.calibration, request.target_bpw, request.max_size)
+        recipe = measured_recipe(model, tokenizer, plan, measure)
+    total = len(plan.encoder.modules) if plan.encoder is not None else 0
+    keep_16bit(plan, recipe.kept, max_shard_bytes)
+    listed = f"{', '.join(recipe.kept[:4])}{', ...' if len(recipe.kept) > 4 else ''}" or "none"
+    notice(f"fastllm: {len(recipe.kept)} of {total} linear layers stay in {plan.dtype}: {listed}")
+    return recipe
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -224,11 +293,6 @@ def tell_source(model: Any, plan: MergePlan) -> None:
     if plan.base is None:
         from_what = "the loaded weights, dequantised" if quantized else "the loaded weights"
         notice(f"fastllm: merging into {from_what}, since {plan.reason}")
-    if plan.encoder is not None:
-        warn(
-            "merged_4bit rounds the merged weights to 4 bits once more, which costs accuracy that training had"
-            ' compensated for; "merged_16bit", or "lora" on the 4-bit base, keeps it'
-        )
     if plan.untied:
         notice(f"fastllm: {', '.join(plan.untied)} is saved on its own: training has parted it from the embedding")
     if plan.adapters.idle:

@@ -15,7 +15,7 @@ def merged_card(model: Any, repo_id: str, method: str, tags: Sequence[str]) -> s
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     how = f'from {library} import {loader}\n\nmodel = {loader}.from_pretrained("{repo_id}")'
     what = "A LoRA adapter" if is_adapter else "A model"
-    relation = {"lora": "adapter", "merged_4bit": "quantized"}.get(method, "finetune")
+    relation = {"lora": "adapter", "merged_4bit": "quantized", "dynamic_4bit": "quantized"}.get(method, "finetune")
     return _card(model, repo_id, what, relation, f"```python\n{how}\n```", tags, library_name=library)
 
 

@@ -41,7 +41,7 @@ class ModelMethods:
         return for_inference(self)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """`transformers`' generate, in evaluation mode whatever the present mode. Also takes a tokenizer's whole output,
+        """`transformers`' generate, in evaluation mode whatever the present mode. Also takes a tokenizer's output,
         as its one argument or as `input_ids`, which is how `apply_chat_template` returns it since transformers 5."""
         from .mixed_precision import mixed_precision
 
@@ -67,6 +67,11 @@ class ModelMethods:
         is_main_process: bool = True,
         max_shard_size: int | str | None = None,
         tags: Sequence[str] | None = None,
+        calibration_dataset: Any = None,
+        num_calibration_samples: int = 512,
+        max_seq_length: int = 512,
+        target_bpw: float | None = None,
+        max_size: int | str | None = None,
         **options: Any,
     ) -> Path:
         """Save the model with its active adapters merged, ready for plain transformers and vLLM. Returns the folder.
@@ -78,11 +83,18 @@ class ModelMethods:
 
         Args:
             tokenizer: the one of `from_pretrained` where left out.
-            save_method: "merged_16bit", "merged_4bit" (bitsandbytes NF4; less exact) or "lora" (a PEFT folder).
+            save_method: "merged_16bit", "merged_4bit" (bitsandbytes NF4; less exact), "dynamic_4bit" (the same with the
+                linear layers in 16 bits that 4 bits would hurt most, by measurement) or "lora" (a PEFT folder). Also
+                the path of the `dynamic_4bit.recipe.json` that such a run leaves beside the model, to make the same
+                choice without data.
             push_to_hub, token, tags: also upload it, to the repository called like the folder; see
                 `push_to_hub_merged`.
             is_main_process: False does nothing, for the other processes of a distributed run.
             max_shard_size: bytes or "5GB"; None keeps the base checkpoint's files.
+            calibration_dataset: for "dynamic_4bit", rows that tell what matters: texts, or chats in any known format.
+                `num_calibration_samples` rows are run in chunks of `max_seq_length` tokens.
+            target_bpw, max_size: bits per weight of the whole "dynamic_4bit" model, its embedding included, or bytes
+                (a number, or a text such as "6GB") of its files; a tenth more than "merged_4bit" where left out.
             **options: Unsloth's further arguments are accepted, and told where they have no effect.
 
         Raises:
@@ -91,6 +103,7 @@ class ModelMethods:
             ModelError: what was read back differs from the trained model.
             SaveError: the disk is too small, or the folder can't be written.
         """
+        from .calibration import calibration_data
         from .hub_upload import UploadRequest, upload_merged
         from .merging import SaveRequest, save_merged
         from .save_options import settle_save_options
@@ -99,7 +112,9 @@ class ModelMethods:
         folder = Path(save_directory)
         if not is_main_process:
             return folder
-        saved = save_merged(self, SaveRequest(folder, tokenizer, save_method, max_shard_size))
+        data = calibration_data(calibration_dataset, num_calibration_samples, max_seq_length)
+        save_request = SaveRequest(folder, tokenizer, save_method, max_shard_size, data, target_bpw, max_size)
+        saved = save_merged(self, save_request)
         if push_to_hub:
             request = UploadRequest(folder.resolve().name, token=token, tags=tuple(tags or ()))
             upload_merged(self, folder, saved, save_method, request)
@@ -120,6 +135,11 @@ class ModelMethods:
         commit_description: str | None = None,
         tags: Sequence[str] | None = None,
         temporary_location: str | os.PathLike[str] | None = None,
+        calibration_dataset: Any = None,
+        num_calibration_samples: int = 512,
+        max_seq_length: int = 512,
+        target_bpw: float | None = None,
+        max_size: int | str | None = None,
         **options: Any,
     ) -> str:
         """Save as `save_pretrained_merged` does and upload the folder in one commit. Returns the commit's address.
@@ -134,6 +154,7 @@ class ModelMethods:
                 used for the upload and nowhere else.
             tags: for the model card, which is written where the repository has none.
         """
+        from .calibration import calibration_data
         from .hub_upload import UploadRequest, push_merged
         from .merging import SaveRequest
         from .save_options import settle_save_options
@@ -144,7 +165,8 @@ class ModelMethods:
             commit_description=commit_description, revision=revision, create_pr=create_pr, tags=tuple(tags or ()),
         )  # fmt: skip
         folder = None if use_temp_dir in (None, True) else Path(repo_id.rsplit("/", 1)[-1])
-        request = SaveRequest(folder or Path(), tokenizer, save_method, max_shard_size)
+        data = calibration_data(calibration_dataset, num_calibration_samples, max_seq_length)
+        request = SaveRequest(folder or Path(), tokenizer, save_method, max_shard_size, data, target_bpw, max_size)
         return push_merged(self, request, upload, folder=folder, temporary_location=temporary_location)
 
     def save_pretrained_gguf(
@@ -194,7 +216,7 @@ class ModelMethods:
         Returns: `gguf_files`, `gguf_directory`, `modelfile_location` and the rest of Unsloth's table.
         Raises: as `fastllm.models.gguf_saving.save_gguf`.
         """
-        from .calibration import CalibrationData
+        from .calibration import calibration_data
         from .gguf_saving import GgufRequest, save_gguf
         from .save_options import settle_save_options
 
@@ -202,9 +224,7 @@ class ModelMethods:
         folder = Path(f"{os.fspath(save_directory).rstrip('/')}_gguf")
         if not is_main_process:
             return {}
-        data = None
-        if calibration_dataset is not None:
-            data = CalibrationData(calibration_dataset, num_calibration_samples, max_seq_length)
+        data = calibration_data(calibration_dataset, num_calibration_samples, max_seq_length)
         request = GgufRequest(
             folder, tokenizer, quantization_method, save_method, imatrix_file, data, target_bpw, max_size
         )
@@ -243,15 +263,13 @@ class ModelMethods:
 
         Arguments are those of `save_pretrained_gguf` and `push_to_hub_merged`.
         """
-        from .calibration import CalibrationData
+        from .calibration import calibration_data
         from .gguf_saving import GgufRequest
         from .hub_upload import UploadRequest, push_gguf
         from .save_options import settle_save_options
 
         settle_save_options("push_to_hub_gguf", {**options, "first_conversion": first_conversion})
-        data = None
-        if calibration_dataset is not None:
-            data = CalibrationData(calibration_dataset, num_calibration_samples, max_seq_length)
+        data = calibration_data(calibration_dataset, num_calibration_samples, max_seq_length)
         upload = UploadRequest(
             repo_id, token=token, private=private, commit_message=commit_message,
             commit_description=commit_description, revision=revision, create_pr=create_pr, tags=tuple(tags or ()),

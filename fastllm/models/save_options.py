@@ -17,9 +17,6 @@ _WITHOUT_EFFECT = {
 }
 _ONLY_MERGED = {
     "save_peft_format": "adapters are always written in PEFT's format",
-    "calibration_dataset": "this format needs no calibration",
-    "num_calibration_samples": "this format needs no calibration",
-    "max_seq_length": "this format needs no calibration",
 }
 _ONLY_GGUF = {
     "first_conversion": "each type is made of the merged fp32 values, not of a first GGUF file",
@@ -37,25 +34,23 @@ _COMMIT = (
     "repo_id", "tokenizer", "save_method", "commit_message", "private", "token", "create_pr", "revision",
     "commit_description", "tags",
 )  # fmt: skip
-_CALIBRATION = (
-    "quantization_method", "imatrix_file", "calibration_dataset", "num_calibration_samples", "max_seq_length",
-    "target_bpw", "max_size",
-)  # fmt: skip
+_CALIBRATION = ("calibration_dataset", "num_calibration_samples", "max_seq_length", "target_bpw", "max_size")
+_GGUF = ("quantization_method", "imatrix_file", *_CALIBRATION)
 # method -> (its own arguments, further ones without effect)
 _METHODS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "save_pretrained_merged": (
         ("save_directory", "tokenizer", "save_method", "push_to_hub", "token", "is_main_process", "max_shard_size",
-         "tags"),
+         "tags", *_CALIBRATION),
         _ONLY_MERGED,
     ),
-    "push_to_hub_merged": ((*_COMMIT, "use_temp_dir", "max_shard_size"), _ONLY_MERGED),
+    "push_to_hub_merged": ((*_COMMIT, "use_temp_dir", "max_shard_size", *_CALIBRATION), _ONLY_MERGED),
     "save_pretrained_gguf": (
         ("save_directory", "tokenizer", "save_method", "push_to_hub", "token", "private", "is_main_process", "tags",
-         *_CALIBRATION),
+         *_GGUF),
         _ONLY_GGUF,
     ),
     "push_to_hub_gguf": (
-        (*_COMMIT, *_CALIBRATION, "temporary_location"),
+        (*_COMMIT, *_GGUF, "temporary_location"),
         {**_ONLY_GGUF, "use_temp_dir": "the files go when they are uploaded"},
     ),
 }  # fmt: skip
