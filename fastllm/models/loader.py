@@ -93,11 +93,7 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
     if request.resize_model_vocab is not None:
         model.resize_token_embeddings(request.resize_model_vocab)
     _adapt(model, request)
-    load_text_side = load_processor if source.has_vision else load_tokenizer
-    tokenizer = load_text_side(
-        request.tokenizer_name or _tokenizer_home(source), max_length=max_seq_length,
-        trust_remote_code=request.trust_remote_code, padding_side="left", **request.hub,
-    )  # fmt: skip
+    tokenizer = _load_tokenizer(request, source, max_seq_length)
     settle_tokens(tokenizer_of(tokenizer), model, repair=request.fix_tokenizer)
     setattr(model, TOKENIZER, tokenizer)
     model.max_seq_length = max_seq_length
@@ -294,11 +290,17 @@ def _attach_adapter(model: Any, adapter: str, request: LoadRequest) -> Any:
     return load_adapter(model, adapter, **request.hub)
 
 
-def _tokenizer_home(source: Source) -> str:
-    """The adapter's folder where it holds a tokenizer, else the base checkpoint."""
-    if source.adapter is not None and os.path.isfile(os.path.join(source.adapter, "tokenizer_config.json")):
-        return source.adapter
-    return source.base
+def _load_tokenizer(request: LoadRequest, source: Source, max_length: int) -> Any:
+    """The tokenizer, or the processor of a model that sees images: of the adapter where it has one, else the base's."""
+    options = {
+        "max_length": max_length, "trust_remote_code": request.trust_remote_code, "padding_side": "left", **request.hub
+    }  # fmt: skip
+    files = ("processor_config.json", "preprocessor_config.json") if source.has_vision else ("tokenizer_config.json",)
+    name = request.tokenizer_name or source.base
+    if request.tokenizer_name is None and source.adapter is not None:
+        own = any(os.path.isfile(os.path.join(source.adapter, file)) for file in files)
+        name = source.adapter if own else name
+    return load_processor(name, source.config, **options) if source.has_vision else load_tokenizer(name, **options)
 
 
 def _banner(source: Source, precision: Precision, device: Device, max_seq_length: int, seconds: float) -> str:

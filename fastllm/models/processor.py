@@ -9,9 +9,9 @@ from .._errors import MissingPackageError, TokenizerError
 from .._notices import notice
 
 
-def load_processor(name: str, *, max_length: int | None, padding_side: str, **options: Any) -> Any:
-    """`AutoProcessor` of a folder or repository. Without torchvision, a processor that also takes videos is loaded for
-    images only: transformers has no other code for videos.
+def load_processor(name: str, config: Any, *, max_length: int | None, padding_side: str, **options: Any) -> Any:
+    """`AutoProcessor` of a folder or repository, for a model of `config`. Without torchvision, a processor that also
+    takes videos is loaded for images only: transformers has no other code for videos.
 
     Raises:
         MissingPackageError: pillow is not installed.
@@ -23,9 +23,9 @@ def load_processor(name: str, *, max_length: int | None, padding_side: str, **op
         raise MissingPackageError("images need pillow", where=name, fix='pip install "fastllm[vision]"')
     try:
         if importlib.util.find_spec("torchvision") is None:
-            processor = _without_torchvision(name, **options)
+            processor = _without_torchvision(name, config, **options)
         else:
-            processor = AutoProcessor.from_pretrained(name, **options)
+            processor = AutoProcessor.from_pretrained(name, config=config, **options)
     except (OSError, ValueError) as error:
         raise TokenizerError(
             f"no processor could be loaded ({error})".splitlines()[0],
@@ -41,14 +41,13 @@ def load_processor(name: str, *, max_length: int | None, padding_side: str, **op
     return processor
 
 
-def _without_torchvision(name: str, **options: Any) -> Any:
-    from transformers import AutoConfig, AutoProcessor
+def _without_torchvision(name: str, config: Any, **options: Any) -> Any:
+    from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    config_class = type(AutoConfig.from_pretrained(name, **options))
-    processor_class: Any = PROCESSOR_MAPPING.get(config_class, None)
+    processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
     if processor_class is None or "video_processor" not in processor_class.get_attributes():
-        return AutoProcessor.from_pretrained(name, **options)
+        return AutoProcessor.from_pretrained(name, config=config, **options)
     notice("fastllm: torchvision is not installed: the processor takes images, and no videos", once="torchvision")
     return _images_only(processor_class).from_pretrained(name, **options)
 

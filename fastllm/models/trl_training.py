@@ -14,6 +14,7 @@ from ..vision_data import VisionDataCollator
 from .blocks import head_reason, token_losses
 from .model_methods import CHECKPOINTING, PLANNER, ModelMethods
 from .patch import unwrapped
+from .row_list import is_rows, rows_dataset
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 # Rows that are looked at for a trained label; a data set whose first rows have none is refused.
@@ -34,6 +35,9 @@ def construct(config: type, original: Callable[..., None], trainer: Any, kwargs:
     collator = kwargs.get("data_collator")
     if isinstance(collator, VisionDataCollator):
         _leave_rows_to(collator, kwargs["args"])
+        for name in ("train_dataset", "eval_dataset"):
+            if is_rows(kwargs.get(name)):
+                kwargs[name] = rows_dataset(kwargs[name])
     else:
         kwargs["train_dataset"] = _as_dataset(kwargs.get("train_dataset"))
     if kwargs.get("formatting_func") is not None:
@@ -152,7 +156,7 @@ def _settle_config(args: Any, base: Any) -> None:
 
 
 def _leave_rows_to(collator: VisionDataCollator, args: Any) -> None:
-    """Rows reach a vision collator as they are: a list stays one, so that images are opened when they are needed."""
+    """Rows reach a vision collator as they are, so that images are opened when they are needed."""
     args.remove_unused_columns = False
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     if {"max_length", "max_seq_length"} & set(getattr(args, "_fastllm_given", ())) and args.max_length is not None:

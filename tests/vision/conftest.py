@@ -59,7 +59,7 @@ def make_vision_checkpoint(folder, family="qwen2_5_vl"):
         ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), VISION_TOKENS, strict=True
     )}  # fmt: skip
     text = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": 0,
         "eos_token_id": 5, "pad_token_id": 3,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
