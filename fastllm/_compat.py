@@ -63,3 +63,9 @@ def recompute_layers(model: Any, wanted: bool) -> None:
         getattr(model, f"{name}_enable")({"use_reentrant": False})
     else:
         getattr(model, f"{name}_disable")()
+
+
+def composes_angles(rotary_class: Any) -> bool:
+    """Whether the rotary module of a model with three positions a token gives one angle a feature. Before transformers
+    5.2x each attention layer took all three and chose itself."""
+    return hasattr(rotary_class, "recomposition_frequencies")

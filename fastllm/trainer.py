@@ -14,7 +14,6 @@ from ._errors import UnsupportedError
 from ._notices import notice
 from .models.patch import unwrapped
 from .vision_data import UnslothVisionDataCollator, VisionDataCollator
-from .vision_data import UnslothVisionDataCollator, VisionDataCollator
 
 
 class FastTrainingArguments(SFTConfig):
@@ -81,16 +80,6 @@ def unsloth_train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """`trainer.train()`: gradient accumulation is right in every present trainer."""
     return trainer.train(*args, **kwargs)
 
-
-__all__ = [
-    "FastTrainer",
-    "FastTrainingArguments",
-    "UnslothTrainer",
-    "UnslothTrainingArguments",
-    "UnslothVisionDataCollator",
-    "VisionDataCollator",
-    "unsloth_train",
-]
 
 __all__ = [
     "FastTrainer",

@@ -6,7 +6,7 @@ whenever the fused path can't serve the call, so every case gives the result of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -213,19 +213,25 @@ def token_losses(
     return TokenLosses(nll, entropy, is_top1), targets[:, keep] != IGNORE_INDEX, outputs
 
 
-def decoder_classes(module: Any, prefix: str, *, norm_offset: float = 0.0) -> dict[type, type]:
+def decoder_classes(
+    module: Any, prefix: str, *, norm_offset: float = 0.0, names: Mapping[str, str] = {}
+) -> dict[type, type]:
     """Fast subclasses of a transformers modeling module whose decoder is Llama's: pre-norm, rotary attention, GLU MLP.
 
-    Each keeps the name of the class it stands for, e.g. `LlamaMLP`.
+    Each keeps the name of the class it stands for, e.g. `LlamaMLP`. `names` gives those that are not called by prefix
+    and suffix.
     """
 
+    def class_of(suffix: str) -> Any:
+        return getattr(module, names.get(suffix, prefix + suffix))
+
     def subclass(suffix: str, *mixins: type, **attributes: Any) -> dict[type, type]:
-        original = getattr(module, prefix + suffix)
+        original = class_of(suffix)
         attributes["__module__"] = __name__
         return {original: type(original.__name__, (*mixins, original), attributes)}
 
     def own_forward(suffix: str) -> Forward:
-        return getattr(module, prefix + suffix).forward
+        return class_of(suffix).forward
 
     return {
         **subclass("RMSNorm", forward=norm_forward(offset=norm_offset), weight_offset=norm_offset),

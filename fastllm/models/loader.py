@@ -23,7 +23,7 @@ from .patch import adapt
 from .processor import load_processor
 from .quantized import bitsandbytes_config, given_config
 from .tokenizer import load_tokenizer, settle_tokens
-from .vision_layout import outside_the_decoder
+from .vision_layout import spared_by_quantization
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -240,7 +240,7 @@ def _load_weights(request: LoadRequest, source: Source, precision: Precision, de
     if precision.quantization is not None:
         options["quantization_config"] = precision.quantization
         if source.has_vision and request.quantization_config is None:
-            skipped = outside_the_decoder(auto_class, source.config, request.trust_remote_code)
+            skipped = spared_by_quantization(auto_class, source.config, request.trust_remote_code)
             precision.quantization.llm_int8_skip_modules = skipped
     if request.attn_implementation is not None:
         options["attn_implementation"] = request.attn_implementation

@@ -24,6 +24,7 @@ from .adapted_weights import adapters_off, training_precision
 from .checkpoints import Checkpoint
 from .merge_plan import MergePlan, Weight
 from .nf4_encoder import Nf4Encoder
+from .vision_layout import has_vision
 from .weight_edits import LowRank, Shift, WeightDecomposed
 
 # Largest divergence of the saved model from the trained one, in nats a token, that rounding explains: of the weights to
@@ -241,8 +242,9 @@ def _folder_logits(model: Any, plan: MergePlan, folder: Path, ids: torch.Tensor)
     """Logits of the model in `folder`, run by plain transformers on the CPU in fp32: from memory where it fits, else
     layer by layer from its files; None where neither will do."""
     import psutil
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    auto_class: Any = AutoModelForImageTextToText if has_vision(model) else AutoModelForCausalLM
     four_bit = plan.encoder is not None
     fits = 1.2 * plan.num_bytes * (1 if four_bit else 4 / plan.dtype.itemsize) < psutil.virtual_memory().available
     # Weights that transformers restacks on loading (experts) would be written to the disk a second time.
@@ -252,7 +254,7 @@ def _folder_logits(model: Any, plan: MergePlan, folder: Path, ids: torch.Tensor)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.get_text_config().rope_parameters = plan.twin.config.get_text_config().rope_parameters
     with tempfile.TemporaryDirectory() as unused:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = auto_class.from_pretrained(
             folder, config=config, dtype=plan.dtype if four_bit else torch.float32, local_files_only=True,
             device_map={"": "cpu" if fits else "disk"}, offload_folder=unused,
             attn_implementation=model.config._attn_implementation,

@@ -18,6 +18,7 @@ from ..kernels.nf4 import dequantize_nf4
 from .checkpoints import TensorEntry, dtype_name
 from .lora_view import nf4_weight
 from .quantized import bitsandbytes_config
+from .vision_layout import has_vision, outside_the_decoder
 from .weight_names import NameMap
 
 # Room for the JSON that bitsandbytes stores as bytes. Its length depends on the digits of a mean; blanks fill the rest.
@@ -29,7 +30,8 @@ class Nf4Encoder:
     """`entries` and `encode` for the weights of linear layers; other tensors stay as they are.
 
     `config` is the quantization config that the saved model needs. Quantizing happens on the device of `model`. Layers
-    that a loaded 4-bit model leaves in 16 bits stay so, unless `every_layer` is to be 4-bit that can be.
+    that a loaded 4-bit model leaves in 16 bits stay so, unless `every_layer` is to be 4-bit that can be. A vision tower
+    always does: no text tells what it would lose.
     """
 
     def __init__(self, model: Any, twin: Any, names: NameMap, dtype: torch.dtype, *, every_layer: bool = False) -> None:
@@ -40,6 +42,9 @@ class Nf4Encoder:
         self.config: Any = copy.deepcopy(given) if is_4bit else bitsandbytes_config(4, dtype)
         if every_layer:
             self.config.llm_int8_skip_modules = None
+        if has_vision(model):
+            spared = {*(self.config.llm_int8_skip_modules or ()), *outside_the_decoder(twin)}
+            self.config.llm_int8_skip_modules = sorted(spared)
         self._dtype, self._device = dtype, model.device
         quantizer = AutoHfQuantizer.from_config(self.config, pre_quantized=False)
         quantizer.preprocess_model(model=twin, dtype=dtype, device_map={"": "cpu"})

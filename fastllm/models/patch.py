@@ -123,6 +123,7 @@ def report(model: Any) -> FastReport:
         layers,
         head="head and loss fused" if not isinstance(head, str) else f"loss from full logits: {head}",
         activations=getattr(model, PLANNER).describe(),
+        notes=["the vision tower runs transformers' own forward"] if hasattr(model.config, "vision_config") else [],
     )
 
 

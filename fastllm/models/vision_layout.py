@@ -72,13 +72,17 @@ def target_pattern(model: Any, parts: Parts, names: Sequence[str] = (), layers: 
     return "|".join(found)
 
 
-def outside_the_decoder(auto_class: Any, config: Any, trust_remote_code: bool) -> list[str]:
-    """The linear layers that are not the language decoder's, by name: tower, projector and head are not quantized."""
-    with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+def outside_the_decoder(model: nn.Module) -> list[str]:
+    """Names of the linear layers that are not the language decoder's: 4 and 8 bits spare tower, projector and head."""
     decoder = decoder_name(model) + "."
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linear if not name.startswith(decoder)]
+
+
+def spared_by_quantization(auto_class: Any, config: Any, trust_remote_code: bool) -> list[str]:
+    """`outside_the_decoder` of a model that is not loaded yet."""
+    with torch.device("meta"):
+        return outside_the_decoder(auto_class.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def _block_linears(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -138,7 +138,7 @@ def test_full_finetuning_trains_everything_and_adds_no_adapter(checkpoint, messa
         ({"qat_scheme": "int4"}, UnsupportedError, "quantization-aware"),
         ({"num_labels": 3}, UnsupportedError, "classification"),
         ({"model_name": 7}, ArgumentError, "model_name"),
-        ({"model_name": "/no/such/folder"}, ModelError, "no model config"),
+        ({"model_name": "/no/such/folder"}, ModelError, "no such folder"),
     ],
 )
 def test_what_can_t_be_served_is_refused_by_name(checkpoint, arguments, error, text):

@@ -106,6 +106,14 @@ def test_switches_choose_the_layers(checkpoint, family, asked, in_tower, in_deco
     assert trained == {n for n, _ in model.named_parameters() if "lora_" in n}
 
 
+def test_the_report_says_what_runs_fused(checkpoint):
+    model, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
+    told = str(FastVisionModel.get_peft_model(model).fast_report())
+    assert "2 of 2 decoder layers fused" in told and "vision tower runs transformers' own forward" in told
+    plain, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, patch=False)
+    assert "transformers' own forward" in str(plain.fast_report()) and plain.fast_report().num_fused == 0
+
+
 def test_the_last_decoder_layers(checkpoint):
     model, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
     with pytest.raises(UnsupportedError, match="finetune_vision_layers=False"):

@@ -58,6 +58,7 @@ def test_a_step_is_no_farther_from_float64_than_transformers(pair, checkpointing
     """Loss, and the gradients of vision and language adapters taken apart."""
     model, plain, processor = pair
     model = FastVisionModel.for_training(model, use_gradient_checkpointing=checkpointing)
+    assert model.fast_report().num_fused == 2
     plain.train()
     batch = batch_of(model, processor)
     exact_batch = {n: v.double() if v.is_floating_point() else v for n, v in batch.items()}
@@ -85,6 +86,15 @@ def test_greedy_answers_are_those_of_transformers(pair):
     ):
         ours, theirs = (m.generate(**inputs, max_new_tokens=16, do_sample=False) for m in (model, plain))
         assert torch.equal(ours, theirs) and ours.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_the_loss_divides_by_the_tokens_of_the_optimiser_batch(pair):
+    model, plain, processor = pair
+    batch = batch_of(model, processor)
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    with torch.no_grad():
+        mean, shared = plain(**batch).loss, model(**batch, num_items_in_batch=torch.tensor(2 * count)).loss
+    torch.testing.assert_close(shared, mean / 2)
 
 
 def test_loss_of_a_batch_is_that_of_its_rows(pair):

@@ -1,0 +1,10 @@
+"""Qwen2.5-VL: the decoder of Qwen2 with rotary angles from three positions a token, which reach its layers composed.
+
+The vision tower runs transformers' own forward, except for its norms.
+"""
+
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+from ..qwen_vl import qwen_vl_arch
+
+ARCH = qwen_vl_arch("qwen2_5_vl", modeling_qwen2_5_vl, "Qwen2_5_VL")
