@@ -175,11 +175,6 @@ def test_patch_false_leaves_transformers_alone(checkpoint):
     assert type(model.model.layers[0]).__module__.startswith("transformers.")
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ModelError, match="there is no such folder"):
-        FastLanguageModel.from_pretrained(str(tmp_path / "nowhere"))
-
-
 def test_a_model_that_is_no_language_model(tmp_path):
     BertForMaskedLM(
         BertConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
