@@ -1,0 +1,78 @@
+"""A family without fast classes, LLaVA: transformers' own forward, with the same loading, adapters and batches."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from fastllm import FastVisionModel
+from fastllm.trainer import UnslothVisionDataCollator
+from tests.models.conftest import make_tokenizer
+
+from .conftest import TEMPLATE, picture, row
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    template = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    tower = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=32,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=5, pad_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=tower, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_it_trains_and_the_report_says_how(llava, messages):
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    assert "no fast classes yet" in messages()
+    model = FastVisionModel.get_peft_model(model, r=4)
+    assert "transformers' own forward" in str(model.fast_report())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("vision_tower" in name for name in trained) and any("language_model" in name for name in trained)
+    assert not any("projector" in name for name in trained)
+
+    two = row(3)
+    two["messages"][0]["content"].append({"type": "image", "image": picture(4)})
+    text = {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "fox"}]}
+    collate = UnslothVisionDataCollator(model, processor, train_on_responses_only=True)
+    assert collate.size.limit == 16
+    batch = collate([row(0), two, text])
+    assert batch["pixel_values"].shape[0] == 3
+    assert (batch["input_ids"] == model.config.image_token_index).sum(1).tolist() == [4, 8, 0]
+    loss = model(**batch).loss
+    loss.backward()
+    # The tower's last layer is not read: LLaVA takes the features of the one before.
+    missing = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert all("vision_tower" in name and "layers.1." in name for name in missing)
+
+
+def test_answers_do_not_depend_on_the_batch(llava):
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    FastVisionModel.for_inference(model)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is in it"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    texts, images = [text, "fox and dog " + text], [picture(8), picture(9)]
+    both = processor(images, texts, padding=True, return_tensors="pt")
+    together = model.generate(**both, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    for index in range(2):
+        alone = processor(images[index], texts[index], return_tensors="pt")
+        one = model.generate(**alone, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert torch.equal(one[0, -8:], together[index, -8:])
