@@ -31,16 +31,21 @@ def dynamic_base(name: str) -> str | None:
 def candidates(plan: ExportPlan, *, allow_iq: bool = False) -> dict[str, list[TensorType]]:
     """The types to choose from, by the name of each tensor of `plan` that may be quantized.
 
-    The head, and the embedding where it is the head, get at least five bits: every prediction passes through them.
+    The head, and the embedding where it is the head, get at least five bits: every prediction passes through them. An
+    embedding gets at least what it has in `plan`: data shows the loss on the tokens that are in it, and not on others.
     """
     output = "output.weight" if "output.weight" in plan.layout.shapes else "token_embd.weight"
     kinds = [*_K_TYPES, *(_IQ_TYPES if allow_iq else ())]
+    static = {info.name: info.type.bits_per_weight for info in plan.tensors}
     chosen: dict[str, list[TensorType]] = {}
     for name, shape in plan.layout.shapes.items():
         if may_quantize(name, shape):
+            fitting = {fitting_type(kind, shape[-1]) for kind in kinds}
             floor = Q5_K.bits_per_weight if name == output else 0
-            fitting = {fitting_type(kind, shape[-1]) for kind in kinds if kind.bits_per_weight >= floor}
-            chosen[name] = sorted(fitting, key=lambda kind: kind.bits_per_weight)
+            if name == "token_embd.weight":
+                floor = max(floor, static[name])
+            allowed = [kind for kind in fitting if kind.bits_per_weight >= floor]
+            chosen[name] = sorted(allowed or fitting, key=lambda kind: kind.bits_per_weight)
     return chosen
 
 

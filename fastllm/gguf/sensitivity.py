@@ -42,6 +42,25 @@ def expected_divergences(
     return totals
 
 
+def embedding_divergences(
+    weight: torch.Tensor,
+    kinds: Iterable[TensorType],
+    row_importance: torch.Tensor,
+    *,
+    sampled_rows: int = _SAMPLED_ROWS,
+) -> dict[str, float]:
+    """`expected_divergences` of an embedding [tokens, width], whose rows are read one at a time.
+
+    `row_importance` [tokens] is the mean of g^2 over the places where a row was read, times the share of those places.
+    The most important rows are sampled: tokens are too unevenly frequent for any others.
+    """
+    rows = row_importance.topk(min(sampled_rows, len(row_importance))).indices
+    sampled = row_importance[rows]
+    scale = row_importance.sum() / sampled.sum().clamp_min(1e-30)
+    matrix = weight[rows.to(weight.device)]
+    return expected_divergences(matrix, kinds, output_importance=sampled * scale, sampled_rows=len(rows))
+
+
 def expected_divergence(change: torch.Tensor, importance: torch.Tensor, output_importance: torch.Tensor) -> float:
     """1/2 sum_ij E[g_i^2] E[x_j^2] dW_ij^2 of a known `change` dW [out, in]."""
     return 0.5 * float(output_importance @ (change.square() @ importance))

@@ -2,8 +2,9 @@
 matter.
 
 One pass over the data collects E[x_j^2] by forward hooks and E[g_i^2] by backward ones, g the gradient of the
-log-likelihood of labels that are drawn from the model's own predictions (the diagonal of the Fisher information). No
-weight gets a gradient, so this fits wherever the model can be trained.
+log-likelihood of labels that are drawn from the model's own predictions (the diagonal of the Fisher information). The
+input of an embedding is a token, so what counts there is the squared gradient at the places of each token. No weight
+gets a gradient, so this fits wherever the model can be trained.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ def calibration_data(rows: Any, num_samples: int, max_length: int) -> Calibratio
 
 @dataclass
 class Moments:
-    """E[x^2] of each column and E[g^2] of each row of linear weights, by the weight's name."""
+    """E[x^2] of each column and E[g^2] of each row of linear weights, by the weight's name. `embeddings` holds for each
+    row of an embedding E[g^2] where it was read, times how often a token is that one."""
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
     num_tokens: int = 0
 
 
@@ -58,7 +61,8 @@ def calibrate(model: Any, tokenizer: Any, data: CalibrationData, *, gradients: b
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or data.max_length
     chunks = token_chunks(tokenizer, data, min(data.max_length, longest))
-    inputs, outputs = SecondMoments(), SecondMoments()
+    inputs, outputs, embedding = SecondMoments(), SecondMoments(), model.get_input_embeddings()
+    rows = torch.zeros(embedding.weight.shape[0], device=model.device)
     generator = torch.Generator(model.device).manual_seed(0)
     with _watched(model, inputs, outputs if gradients else None) as embedded, torch.set_grad_enabled(gradients):
         for chunk in tqdm(chunks, desc="calibrating", unit="chunk", delay=1):
@@ -67,9 +71,16 @@ def calibrate(model: Any, tokenizer: Any, data: CalibrationData, *, gradients: b
             if gradients:
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, labels, reduction="sum").backward(inputs=embedded)
+                for gradient in (hidden.grad for hidden in embedded if hidden.grad is not None):
+                    rows.index_add_(0, chunk[0].to(rows.device), gradient[0].float().square().mean(-1))
             embedded.clear()
     num_tokens = sum(chunk.shape[1] for chunk in chunks)
-    return Moments(inputs.means(), outputs.means() if gradients else {}, num_tokens)
+    if not gradients:
+        return Moments(inputs.means(), num_tokens=num_tokens)
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    # Gemma's embedding scales what it reads, and so every change of a row.
+    scale = float(getattr(embedding, "embed_scale", 1.0))
+    return Moments(inputs.means(), outputs.means(), {f"{name}.weight": rows * (scale**2 / num_tokens)}, num_tokens)
 
 
 def token_chunks(tokenizer: Any, data: CalibrationData, length: int) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from ..gguf.atomic import atomic_file, require_space
 from ..gguf.dynamic import candidates, dynamic_base, dynamic_recipe
 from ..gguf.export import canonical_name
 from ..gguf.importance import load_imatrix
-from ..gguf.sensitivity import expected_divergences
+from ..gguf.sensitivity import embedding_divergences, expected_divergences
 from ..text.ollama import modelfile_of
 from .adapted_weights import read_adapters
 from .calibration import CalibrationData, Moments, calibrate
@@ -250,15 +250,20 @@ def _dynamic(source: _Source, static: ExportPlan, request: GgufRequest, moments:
     """The recipe for this model within the size asked for, the static mix's own where none is."""
     columns = {source.gguf_name(name): mean for name, mean in moments.inputs.items()}
     rows = {source.gguf_name(name): mean for name, mean in moments.gradients.items()}
+    embeddings = {source.gguf_name(name): importance for name, importance in moments.embeddings.items()}
     kinds = candidates(static)
-    divergences = {}
+    divergences: dict[str, dict[str, float]] = {}
     with tqdm(total=static.num_weights, desc="measuring types", unit=" weights", unit_scale=True, delay=1) as bar:
         for name, tensor in merged_tensors(source.plan, source.model.device):
             target = source.gguf_name(name)
-            if target is not None and target in kinds and target in columns:
-                divergences[target] = expected_divergences(
-                    tensor, kinds[target], importance=columns[target], output_importance=rows[target]
-                )
+            found = []
+            if target in kinds and target in columns:
+                x2, g2 = columns[target], rows[target]
+                found.append(expected_divergences(tensor, kinds[target], importance=x2, output_importance=g2))
+            if target in kinds and target in embeddings:  # a tied one is the head too
+                found.append(embedding_divergences(tensor, kinds[target], embeddings[target]))
+            if target is not None and found:
+                divergences[target] = {kind: sum(costs[kind] for costs in found) for kind in found[0]}
             bar.update(tensor.numel())
     left = [name for name in kinds if name not in divergences]
     if left:

@@ -73,6 +73,33 @@ def test_gradients_are_the_fisher_information_of_the_head(trained):
     assert float(moments.gradients["lm_head.weight"].sum() / expected.sum()) == pytest.approx(1, abs=0.05)
 
 
+def test_the_cost_of_an_embedding_is_what_its_rounding_costs(trained):
+    """The expected divergence of each type against the one that the model shows, the head and all else exact."""
+    from fastllm.gguf.quantizers import quantizer_of
+    from fastllm.gguf.sensitivity import embedding_divergences
+    from fastllm.gguf.tensor_types import Q3_K, Q5_K
+
+    model, tokenizer = trained
+    data = CalibrationData(CHATS, max_length=64)
+    importance = calibrate(model.get_base_model(), tokenizer, data, gradients=True).embeddings
+    assert list(importance) == ["model.embed_tokens.weight"]
+    rows = importance["model.embed_tokens.weight"]
+    chunks = token_chunks(tokenizer, data, 64)
+    assert set(rows.nonzero().flatten().tolist()) == set(torch.cat(chunks, 1)[0].tolist())
+    embedding = model.get_input_embeddings()
+    before = embedding.weight.detach().clone()
+    expected = embedding_divergences(before, [Q3_K, Q5_K], rows)
+    exact = [log_probs(model, chunk) for chunk in chunks]
+    for kind in (Q3_K, Q5_K):
+        quantizer = quantizer_of(kind)
+        with torch.no_grad():
+            embedding.weight.copy_(quantizer.decode(quantizer.encode(before.float(), None)))
+        found = [(p.exp() * (p - log_probs(model, chunk))).sum(-1) for p, chunk in zip(exact, chunks, strict=True)]
+        with torch.no_grad():
+            embedding.weight.copy_(before)
+        assert expected[kind.name] == pytest.approx(float(torch.cat(found).mean()), rel=0.4)
+
+
 def test_calibrating_leaves_the_model_as_it_was(trained):
     model, tokenizer = trained
     model.train()
@@ -118,7 +145,7 @@ def test_calibration_data_that_is_none(trained):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_dynamic_file_has_the_size_of_its_static_one(judge, trained, tmp_path, messages):
+def test_a_dynamic_file_has_the_size_of_its_static_one(judge, trained, tmp_path):
     model, tokenizer = trained
     written = model.save_pretrained_gguf(
         tmp_path / "out", tokenizer, quantization_method=["q4_k_m", "dynamic_q4_k_m"], calibration_dataset=CHATS
@@ -130,7 +157,8 @@ def test_a_dynamic_file_has_the_size_of_its_static_one(judge, trained, tmp_path,
     recipe = json.loads((dynamic.parent / "llama.DYNAMIC_Q4_K_M.recipe.json").read_text())
     assert recipe["notes"]["calibration_tokens"] > 500
     assert recipe["types"].items() <= types_of(dynamic).items()
-    assert "1 tensors keep the type of q4_k_m: token_embd.weight" in messages()
+    matrices = {name for name in types_of(dynamic) if name.endswith("weight") and "norm" not in name}
+    assert recipe["types"].keys() == matrices >= {"token_embd.weight", "output.weight", "blk.3.ffn_down.weight"}
     with judge.loaded(dynamic, VOCAB_SIZE) as loaded:
         assert len(loaded.greedy([5, 6, 7], 3)) == 3
 
@@ -221,7 +249,9 @@ def library_text(num_characters: int) -> str:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_on_a_model_with_skill_llama_cpp_finds_dynamic_types_better(judge, tmp_path, family):
     """Trained on Python sources, each size exported statically and dynamically with the same importance: on held-out
-    text at most 0.85 of the divergence, 0.70 on average."""
+    text at most 0.85 of the divergence, 0.70 on average, in the mean and in the worst percent of 1,000 predictions.
+
+    Fewer say nothing of that percent, which is one or two predictions of 150."""
     text = library_text(1_200_000)
     tiny_model(family, num_hidden_layers=6).save_pretrained(tmp_path / "base")
     save_byte_level_tokenizer(tmp_path / "base")
@@ -233,15 +263,21 @@ def test_on_a_model_with_skill_llama_cpp_finds_dynamic_types_better(judge, tmp_p
         calibration_dataset=[text[1_000_000:1_060_000]], max_seq_length=128,
     )  # fmt: skip
     held_out = encoded(tokenizer, text[1_150_000:])
-    prompts = [held_out[start : start + 48] for start in range(0, 150 * 48, 48)]
-    found = [divergences(judge, model, path, prompts) for path in written["gguf_files"]]
-    ratios = []
+    prompts = held_out.unfold(0, 48, (len(held_out) - 48) // 999)[:1000]
+    model.eval()
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=batch).logits[:, -1].double() for batch in prompts.split(50)])
+    found = [divergences(judge, expected.log_softmax(-1), path, prompts) for path in written["gguf_files"]]
+    means, tails = [], []
     for size, static, dynamic in zip(sizes, found[:3], found[3:], strict=True):
-        ratios.append(float(dynamic.mean() / static.mean()))
-        tail = float(dynamic.quantile(0.99) / static.quantile(0.99))
-        print(f"{family}, {size}: static {float(static.mean()):.2e}, dynamic {ratios[-1]:.2f} of it, 99 % {tail:.2f}")
-    assert max(ratios) <= 0.85
-    assert sum(ratios) / len(ratios) <= 0.70
+        means.append(float(dynamic.mean() / static.mean()))
+        tails.append(float(dynamic.quantile(0.99) / static.quantile(0.99)))
+        print(
+            f"{family}, {size}: static {float(static.mean()):.2e}, dynamic {means[-1]:.2f} of it, 99 % {tails[-1]:.2f}"
+        )
+    for ratios in (means, tails):
+        assert max(ratios) <= 0.85
+        assert sum(ratios) / len(ratios) <= 0.70
 
 
 def encoded(tokenizer, text: str) -> torch.Tensor:
@@ -263,12 +299,8 @@ def train(model, ids: torch.Tensor, steps: int) -> None:
         optimizer.zero_grad()
 
 
-def divergences(judge, model, path, prompts) -> torch.Tensor:
-    """KL(model || llama.cpp) of the token after each prompt."""
-    found = []
+def divergences(judge, expected: torch.Tensor, path, prompts: torch.Tensor) -> torch.Tensor:
+    """KL(expected || llama.cpp) of the token after each prompt; `expected` holds log-probabilities."""
     with judge.loaded(path, VOCAB_SIZE) as loaded:
-        for prompt in prompts:
-            expected = log_probs(model, prompt[None])[-1]
-            got = torch.from_numpy(loaded.next_token_logprobs(prompt.tolist())).double()
-            found.append((expected.exp() * (expected - got)).sum())
-    return torch.stack(found)
+        got = torch.stack([torch.from_numpy(loaded.next_token_logprobs(prompt.tolist())) for prompt in prompts])
+    return (expected.exp() * (expected - got.double())).sum(-1)

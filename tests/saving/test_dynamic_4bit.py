@@ -173,7 +173,7 @@ def test_on_a_model_with_skill_measured_layers_beat_the_first_and_last(tmp_path,
         return (expected.exp() * (expected - got)).sum(-1).flatten()
 
     all_4bit = judged("nf4", save_method="merged_4bit")
-    for growth, limit in ((1.1, 0.85), (1.5, 0.5)):
+    for growth, limit in ((1.1, 0.95), (1.5, 0.6)):
         size = int(growth * num_bytes(tmp_path / "nf4"))
         data = {"calibration_dataset": [text[1_000_000:1_060_000]], "max_seq_length": 128}
         measured = judged(f"measured {growth}", save_method="dynamic_4bit", max_size=size, **data)
@@ -188,7 +188,7 @@ def test_on_a_model_with_skill_measured_layers_beat_the_first_and_last(tmp_path,
         )
         assert max(found[0], tails[0]) <= limit
         assert found[0] <= found[1]
-    assert found[0] <= 0.85 * found[1]
+    assert found[0] <= 0.9 * found[1]
 
 
 @torch.no_grad()
