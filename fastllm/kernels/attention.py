@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .documents import Documents
+from .flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_serves
 from .varlen_attention import varlen_backward, varlen_forward, varlen_serves
 from .xformers_attention import xformers_backward, xformers_forward, xformers_serves
 
@@ -94,14 +95,15 @@ def choose_backend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, *, allow_cudnn: bool = True
 ) -> str:
     """`cudnn`, `flash`, `xformers` or `efficient`: a CUDA kernel called directly; `varlen`: torch's flash kernel for
-    documents and windows; `autograd`: anything else.
+    documents and windows; `triton`: fastllm's own kernel, for what no library serves; `autograd`: anything else.
 
     cuDNN is the fastest on Hopper and later, but compiles a plan for each new shape: `allow_cudnn=False` is for shapes
     that will not come again. A layer that recomputes its forward passes the same choice: both give the same bits.
     """
     if case.is_narrowed:
-        is_capped = case.softcap > 0
-        return "varlen" if not is_capped and varlen_serves(q, k, v, case.dropout, _documents(case, q)) else "autograd"
+        if not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
+            return "varlen"
+        return "triton" if flash_attention_serves(q, case.dropout) else "autograd"
     direct = q.is_cuda and torch.version.hip is None and case.mask is None and case.function is None
     if not direct or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
         return "autograd"
@@ -136,6 +138,11 @@ def attention_forward(
             q, k, v, _documents(case, q), scaling=case.scaling, dropout=case.dropout, window=case.sliding_window
         )
         return AttentionResult(out, backend, rest)
+    if backend == "triton":
+        out, lse = flash_attention_forward(
+            q, k, v, scaling=case.scaling, documents=case.documents, window=case.sliding_window, softcap=case.softcap
+        )
+        return AttentionResult(out, backend, (lse,))
     if backend == "cudnn":
         out, *rest = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, case.dropout, True, False, scale=case.scaling
@@ -167,6 +174,12 @@ def attention_backward(
         return varlen_backward(
             dout, result.out, saved, q, k, v, _documents(case, q),
             scaling=case.scaling, dropout=case.dropout, window=case.sliding_window,
+        )  # fmt: skip
+    if result.backend == "triton":
+        (lse,) = saved
+        return flash_attention_backward(
+            dout, result.out, lse, q, k, v,
+            scaling=case.scaling, documents=case.documents, window=case.sliding_window, softcap=case.softcap,
         )  # fmt: skip
     if result.backend == "xformers":
         (lse,) = saved

@@ -23,6 +23,8 @@ from triton.runtime.jit import JITFunction
 
 import fastllm.kernels
 from fastllm.kernels.dispatch import backend
+from fastllm.kernels.documents import Documents
+from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
 from fastllm.kernels.glu import ACTIVATIONS, glu, glu_backward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
@@ -35,6 +37,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ROWS = 3
+# Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
+NEED_TENSOR_CORES = {"fastllm.kernels.flash_attention"}
 
 
 class TargetDriver:
@@ -83,6 +87,16 @@ def launches(dtype: torch.dtype) -> None:
         linear_token_losses(hidden.detach(), head, labels, transform=transform, statistics=("entropy", "is_top1"))
 
 
+def attention_launches(dtype: torch.dtype) -> None:
+    """Heads of every size served, with all that takes registers: packed documents, windows, capped scores."""
+    documents = Documents.from_position_ids(torch.tensor([[0, 1, 0]]), 1)
+    everything = {"documents": documents, "softcap": 50.0, "window": 2}
+    for width in (width for width in (64, 128, 256) if width <= MAX_HEAD_DIM[dtype]):
+        q, k, v = (torch.randn(1, ROWS, heads, width, dtype=dtype).transpose(1, 2) for heads in (8, 2, 2))
+        out, lse = flash_attention_forward(q, k, v, scaling=0.1, **everything)
+        flash_attention_backward(out, out, lse, q, k, v, scaling=0.1, **everything)
+
+
 def quantized(rows: int, columns: int, *, is_nested: bool) -> Nf4Weight:
     blocks = rows * columns // 64
     packed, code = torch.zeros(rows * columns // 2, dtype=torch.uint8), torch.ones(16)
@@ -92,10 +106,17 @@ def quantized(rows: int, columns: int, *, is_nested: bool) -> Nf4Weight:
     return Nf4Weight(packed, absmax, code, (rows, columns), 64, nested, torch.ones(256), torch.zeros(()))
 
 
-def kernels_of_the_package() -> Iterator[JITFunction]:
+def has_tensor_cores(target: GPUTarget) -> bool:
+    """Whether Triton has any for the target."""
+    return target.backend == "hip" or target.arch >= 80
+
+
+def kernels_of_the_package(target: GPUTarget) -> Iterator[JITFunction]:
     """Every `@jit` function that is launched; those called from others are compiled inside them."""
     found = []
     for info in pkgutil.iter_modules(fastllm.kernels.__path__, "fastllm.kernels."):
+        if info.name in NEED_TENSOR_CORES and not has_tensor_cores(target):
+            continue
         found += [v for v in vars(importlib.import_module(info.name)).values() if isinstance(v, JITFunction)]
     called = {name for kernel in found for name in kernel.fn.__code__.co_names}
     return (kernel for kernel in found if kernel.fn.__name__ not in called)
@@ -137,14 +158,17 @@ def main(target: GPUTarget) -> None:
 
     JITFunction.run = compile_only
     triton.runtime.driver.set_active(TargetDriver(target))
-    has_bf16 = target.backend == "hip" or target.arch >= 80
+    if target.backend == "hip":
+        torch.version.hip = "as on the target"
     with backend("triton"):
-        for dtype in (torch.bfloat16 if has_bf16 else torch.float16, torch.float32):
+        for dtype in (torch.bfloat16 if has_tensor_cores(target) else torch.float16, torch.float32):
             launches(dtype)
+            if has_tensor_cores(target):
+                attention_launches(dtype)
     unique = {id(kernel): (name, kernel) for name, kernel in compiled}
     json.dump(
         {
-            "kernels": sorted(kernel.fn.__name__ for kernel in kernels_of_the_package()),
+            "kernels": sorted(kernel.fn.__name__ for kernel in kernels_of_the_package(target)),
             "compiled": [facts_of(name, kernel) for name, kernel in unique.values()],
         },
         sys.stdout,

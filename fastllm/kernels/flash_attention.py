@@ -1,0 +1,300 @@
+"""Causal attention tile by tile, with what the library kernels lack: any mix of packed documents, window and soft-cap.
+
+    out_i = sum_j p_ij v_j       p_i = softmax_j(c(scaling * q_i k_j))       c(s) = softcap * tanh(s / softcap), or s
+    over   first(i) <= j <= i    first(i) = max(start of i's document, i - window + 1)
+
+    dp_ij = dout_i v_j     ds_ij = p_ij (dp_ij - delta_i) c'_ij     delta_i = dout_i out_i     c' = 1 - (c / softcap)^2
+    dq_i = scaling * sum_j ds_ij k_j     dk_j = scaling * sum_i ds_ij q_i     dv_j = sum_i p_ij dout_i
+
+Shapes: q, out [B, H, S, E]; k, v [B, K, S, E] with H a multiple of K and E at most 256 (fp32: 128); any strides but
+along E; lse (in base 2) and delta [B, H, S]. Key and value heads are not expanded: a program that computes dk and dv
+of one key head walks over the query heads that share it. No atomics: the same bits on every run.
+Dtypes: fp16, bf16, fp32; scores, statistics and accumulators are fp32.
+Source: Dao, "FlashAttention-2", arXiv 2307.08691, algorithms 1 and 2.
+"""
+
+from typing import Any
+
+import torch
+
+from .dispatch import jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .documents import Documents
+
+MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
+# (queries, keys, warps, stages) of a tile, by bytes of an element and the widest head it is for. They spill no register
+# and fit the shared memory of every GPU that the README names.
+_FORWARD = {
+    2: {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+    4: {64: (32, 32, 8, 1), 128: (16, 32, 4, 1)},
+}
+_BACKWARD = {
+    2: {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+    4: {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
+}
+# A warp of an AMD GPU has twice the threads.
+_BACKWARD_AMD = {2: {256: (32, 32, 4, 1)}, 4: {128: (32, 32, 4, 1)}}
+
+
+def flash_attention_serves(q: torch.Tensor, dropout: float) -> bool:
+    """Whether this kernel can run for queries `q`: it needs tensor cores that Triton knows, and knows no dropout."""
+    if dropout or q.shape[-1] > MAX_HEAD_DIM.get(q.dtype, 0) or not use_triton(q):
+        return False
+    return not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def flash_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scaling: float,
+    documents: Documents | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) outside autograd; out lies in memory as [B, S, H, E]."""
+    q, k, v = (_unit_stride(t) for t in (q, k, v))
+    batch, heads, length, width = q.shape
+    out = torch.empty(batch, length, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+    starts = lse if documents is None else documents.bounds[0]
+    tile = _tile(_FORWARD[q.dtype.itemsize], width)
+    with launch_on(q):
+        _flash_fwd_kernel[(triton.cdiv(length, tile["BLOCK_M"]), batch * heads)](
+            q, k, v, out, lse, starts, *_strides(q, k, v, out), heads, heads // k.shape[1], length, width,
+            scaling, softcap or 1.0, min(window or length, length),
+            HAS_DOCUMENTS=documents is not None, HAS_CAP=softcap > 0, PRECISION=_precision(q.dtype), **tile,
+        )  # fmt: skip
+    return out, lse
+
+
+def flash_attention_backward(
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scaling: float,
+    documents: Documents | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, each in its shape."""
+    dout, q, k, v = (_unit_stride(t) for t in (dout, q, k, v))
+    batch, heads, length, width = q.shape
+    key_heads = k.shape[1]
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    delta = torch.empty_like(lse)
+    starts, ends = (lse, lse) if documents is None else documents.bounds
+    sizes = (heads, heads // key_heads, length, width, scaling, softcap or 1.0, min(window or length, length))
+    tiles = _BACKWARD if torch.version.hip is None else _BACKWARD_AMD
+    flags = {
+        "HAS_DOCUMENTS": documents is not None,
+        "HAS_CAP": softcap > 0,
+        "PRECISION": _precision(q.dtype),
+        **_tile(tiles[q.dtype.itemsize], width),
+    }
+    programs = triton.cdiv(length, flags["BLOCK_M"])
+    with launch_on(q):
+        _flash_bwd_q_kernel[(programs, batch * heads)](
+            q, k, v, out, dout, lse, delta, dq, starts, *_strides(q, k, v, out, dout, dq), *sizes, **flags
+        )
+        programs = triton.cdiv(length, flags["BLOCK_N"])
+        _flash_bwd_kv_kernel[(programs, batch * key_heads)](
+            q, k, v, dout, lse, delta, dk, dv, ends, *_strides(q, k, v, dout, dk, dv), *sizes, **flags
+        )
+    return dq, dk, dv
+
+
+def _tile(tiles: dict[int, tuple[int, int, int, int]], width: int) -> dict[str, Any]:
+    block = max(next_power_of_2(width), 16)
+    queries, keys, warps, stages = next(tile for widest, tile in tiles.items() if block <= widest)
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "BLOCK_E": block, "num_warps": warps, "num_stages": stages}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """fp32 products in three passes of NVIDIA's tensor cores, each with a part of the bits; AMD's take fp32."""
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Those of batch, head and position, for each."""
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@jit
+def _load_tile(base, first_row, row_stride, length, width, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Rows [ROWS, BLOCK_E] from `first_row` on; zeros past the end of the sequence and of the head."""
+    rows, cols = first_row + tl.arange(0, ROWS), tl.arange(0, BLOCK_E)
+    live = (rows < length)[:, None] & (cols < width)[None, :]
+    at = base + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
+    return tl.load(at, mask=live, other=0.0)
+
+
+@jit
+def _store_tile(base, first_row, row_stride, length, width, value, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
+    rows, cols = first_row + tl.arange(0, ROWS), tl.arange(0, BLOCK_E)
+    live = (rows < length)[:, None] & (cols < width)[None, :]
+    at = base + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=live)
+
+
+@jit
+def _first_keys(starts_ptr, batch, queries, length, window, HAS_DOCUMENTS: tl.constexpr):
+    """The first key that each query sees; `length` for queries past the end."""
+    first = tl.maximum(queries - window + 1, 0)
+    if HAS_DOCUMENTS:
+        first = tl.maximum(first, tl.load(starts_ptr + batch * length + queries, mask=queries < length, other=0))
+    return tl.where(queries < length, first, length)
+
+
+@jit
+def _capped(scores, softcap, HAS_CAP: tl.constexpr):
+    if HAS_CAP:
+        return softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # tanh(x) = 2 sigmoid(2 x) - 1
+    return scores
+
+
+@jit
+def _in_base_2(scores):
+    return scores * 1.4426950408889634
+
+
+@jit
+def _flash_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    heads, groups, length, width, scaling, softcap, window,
+    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    q_ptr += batch * q_batch + head * q_head
+    k_ptr += batch * k_batch + head // groups * k_head
+    v_ptr += batch * v_batch + head // groups * v_head
+    queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = _first_keys(starts_ptr, batch, queries, length, window, HAS_DOCUMENTS)
+    q = _load_tile(q_ptr, block * BLOCK_M, q_row, length, width, BLOCK_M, BLOCK_E)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
+    end = tl.minimum(block * BLOCK_M + BLOCK_M, length)
+    for key in range(start, end, BLOCK_N):
+        keys = key + tl.arange(0, BLOCK_N)
+        k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
+        scores = _in_base_2(_capped(scores, softcap, HAS_CAP))
+        seen = (keys[None, :] <= queries[:, None]) & (keys[None, :] >= first[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        reached = tl.where(larger == float("-inf"), 0.0, larger)  # no key of this row yet
+        rescale = tl.exp2(largest - reached)
+        p = tl.exp2(scores - reached[:, None])
+        total = total * rescale + tl.sum(p, axis=1)
+        v = _load_tile(v_ptr, key, v_row, length, width, BLOCK_N, BLOCK_E)
+        out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        largest = larger
+    live = queries < length
+    total = tl.where(live, total, 1.0)
+    out_ptr += batch * out_batch + head * out_head
+    _store_tile(out_ptr, block * BLOCK_M, out_row, length, width, out / total[:, None], BLOCK_M, BLOCK_E)
+    tl.store(lse_ptr + (batch * heads + head) * length + queries, largest + tl.log2(total), mask=live)
+
+
+@jit
+def _flash_bwd_q_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
+    heads, groups, length, width, scaling, softcap, window,
+    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta for the kernel that follows."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    k_ptr += batch * k_batch + head // groups * k_head
+    v_ptr += batch * v_batch + head // groups * v_head
+    queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = queries < length
+    first = _first_keys(starts_ptr, batch, queries, length, window, HAS_DOCUMENTS)
+    row = block * BLOCK_M
+    q = _load_tile(q_ptr + batch * q_batch + head * q_head, row, q_row, length, width, BLOCK_M, BLOCK_E)
+    dout_ptr += batch * dout_batch + head * dout_head
+    dout = _load_tile(dout_ptr, row, dout_row, length, width, BLOCK_M, BLOCK_E)
+    out = _load_tile(out_ptr + batch * out_batch + head * out_head, row, out_row, length, width, BLOCK_M, BLOCK_E)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    statistics = (batch * heads + head) * length + queries
+    tl.store(delta_ptr + statistics, delta, mask=live)
+    lse = tl.load(lse_ptr + statistics, mask=live, other=0.0)
+    dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
+    end = tl.minimum(row + BLOCK_M, length)
+    for key in range(start, end, BLOCK_N):
+        keys = key + tl.arange(0, BLOCK_N)
+        k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
+        v = _load_tile(v_ptr, key, v_row, length, width, BLOCK_N, BLOCK_E)
+        capped = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling, softcap, HAS_CAP)
+        seen = (keys[None, :] <= queries[:, None]) & (keys[None, :] >= first[:, None])
+        p = tl.exp2(tl.where(seen, _in_base_2(capped) - lse[:, None], float("-inf")))
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        if HAS_CAP:
+            ds *= 1.0 - (capped / softcap) * (capped / softcap)
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+    dq_ptr += batch * dq_batch + head * dq_head
+    _store_tile(dq_ptr, row, dq_row, length, width, dq * scaling, BLOCK_M, BLOCK_E)
+
+
+@jit
+def _flash_bwd_kv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, ends_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    heads, groups, length, width, scaling, softcap, window,
+    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys, from all query heads of its group; tiles are keys by queries."""
+    row = tl.program_id(0) * BLOCK_N
+    key_heads = heads // groups
+    batch, key_head = (tl.program_id(1) // key_heads).to(tl.int64), tl.program_id(1) % key_heads
+    k = _load_tile(k_ptr + batch * k_batch + key_head * k_head, row, k_row, length, width, BLOCK_N, BLOCK_E)
+    v = _load_tile(v_ptr + batch * v_batch + key_head * v_head, row, v_row, length, width, BLOCK_N, BLOCK_E)
+    keys = row + tl.arange(0, BLOCK_N)
+    end = tl.minimum(keys + window, length)  # the query after the last one that sees each key
+    if HAS_DOCUMENTS:
+        end = tl.minimum(end, tl.load(ends_ptr + batch * length + keys, mask=keys < length, other=0))
+    end = tl.where(keys < length, end, 0)
+    dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    for member in range(groups):
+        head = key_head * groups + member
+        q_base = q_ptr + batch * q_batch + head * q_head
+        dout_base = dout_ptr + batch * dout_batch + head * dout_head
+        for query in range(row // BLOCK_M * BLOCK_M, tl.max(end, axis=0), BLOCK_M):
+            queries = query + tl.arange(0, BLOCK_M)
+            q = _load_tile(q_base, query, q_row, length, width, BLOCK_M, BLOCK_E)
+            dout = _load_tile(dout_base, query, dout_row, length, width, BLOCK_M, BLOCK_E)
+            statistics = (batch * heads + head) * length + queries
+            lse = tl.load(lse_ptr + statistics, mask=queries < length, other=0.0)
+            delta = tl.load(delta_ptr + statistics, mask=queries < length, other=0.0)
+            capped = _capped(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scaling, softcap, HAS_CAP)
+            seen = (keys[:, None] <= queries[None, :]) & (queries[None, :] < end[:, None])
+            p = tl.exp2(tl.where(seen, _in_base_2(capped) - lse[None, :], float("-inf")))
+            dv += tl.dot(p.to(dout.dtype), dout, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            if HAS_CAP:
+                ds *= 1.0 - (capped / softcap) * (capped / softcap)
+            dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+    dk_ptr += batch * dk_batch + key_head * dk_head
+    dv_ptr += batch * dv_batch + key_head * dv_head
+    _store_tile(dk_ptr, row, dk_row, length, width, dk * scaling, BLOCK_N, BLOCK_E)
+    _store_tile(dv_ptr, row, dv_row, length, width, dv, BLOCK_N, BLOCK_E)
