@@ -109,3 +109,21 @@ def test_loss_of_a_batch_is_that_of_its_rows(pair):
             return float(model(**batch).loss) * count
 
     assert total(collate(rows)) == pytest.approx(sum(total(collate([one])) for one in rows), rel=1e-5)
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("checkpointing", ["unsloth", "offload", True, False])
+def test_16_bit_steps_are_finite_and_close(checkpoint, dtype, load_in_4bit, checkpointing):
+    """Every way of holding the base, every checkpointing: the loss of fp32, and a gradient for each adapter."""
+    exact, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
+    model, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=load_in_4bit, dtype=dtype)
+    model = FastVisionModel.get_peft_model(model, r=4, use_gradient_checkpointing=checkpointing)
+    batch = batch_of(model, processor)
+    assert batch["pixel_values"].dtype == dtype
+    found = step(model, batch)
+    with torch.no_grad():
+        expected = exact(**{**batch, "pixel_values": batch["pixel_values"].float()}).loss
+    assert found.loss == pytest.approx(float(expected), rel=2e-2 if load_in_4bit else 3e-3)
+    assert len(found.grads) >= 44 and all(grad.isfinite().all() for grad in found.grads.values())
+    assert all(grad.abs().max() > 0 for name, grad in found.grads.items() if "lora_B" in name)
