@@ -221,6 +221,15 @@ def test_other_sizes(tokenizer_dir):
         dynamic_recipe(plan, divergences, max_size="five")
 
 
+@pytest.mark.parametrize("base", ["q3_k_m", "q5_k_m", "q8_0"])
+def test_an_embedding_never_gets_less_than_in_the_static_mix(tokenizer_dir, base):
+    plan = export_plan(models.tiny_model("llama").config.to_dict(), tokenizer_dir, base)
+    static = {info.name: info.type.bits_per_weight for info in plan.tensors}
+    choice = candidates(plan)
+    assert min(kind.bits_per_weight for kind in choice["token_embd.weight"]) == static["token_embd.weight"]
+    assert min(kind.bits_per_weight for kind in choice["blk.0.attn_q.weight"]) < static["blk.0.attn_q.weight"]
+
+
 def test_names_of_dynamic_methods():
     assert dynamic_base("dynamic_q4_k_m") == "q4_k_m"
     assert dynamic_base("Dynamic-Q3_K_M") == "q3_k_m"
