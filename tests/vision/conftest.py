@@ -1,5 +1,7 @@
 """Small vision-language checkpoints with their processors, made on the spot, and images to go with them."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -45,11 +47,12 @@ def make_processor():
     images = Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=2, size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 48 * 48}
     )
-    without_videos = type(
-        "Qwen2VLProcessor",
-        (Qwen2VLProcessor,),
-        {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])},
-    )
+    if importlib.util.find_spec("torchvision") is not None:
+        from transformers import Qwen2VLVideoProcessor
+
+        return Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
+    remaining = classmethod(lambda cls: ["image_processor", "tokenizer"])
+    without_videos = type("Qwen2VLProcessor", (Qwen2VLProcessor,), {"get_attributes": remaining})
     return without_videos(images, tokenizer, chat_template=TEMPLATE)
 
 
