@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .._notices import notice
 from .documents import Documents
 from .flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_serves
 from .varlen_attention import varlen_backward, varlen_forward, varlen_serves
@@ -101,9 +102,7 @@ def choose_backend(
     that will not come again. A layer that recomputes its forward passes the same choice: both give the same bits.
     """
     if case.is_narrowed:
-        if not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
-            return "varlen"
-        return "triton" if flash_attention_serves(q, case.dropout) else "autograd"
+        return _choose_for_narrowed(q, k, v, case)
     direct = q.is_cuda and torch.version.hip is None and case.mask is None and case.function is None
     if not direct or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
         return "autograd"
@@ -118,6 +117,18 @@ def choose_backend(
         return "xformers"
     if torch.backends.cuda.can_use_efficient_attention(params) or q.shape[1] != k.shape[1]:
         return "efficient"
+    return "autograd"
+
+
+def _choose_for_narrowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
+    if not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
+        return "varlen"
+    reason = "torch's flash kernel does not serve this packed, windowed or soft-capped attention here"
+    if flash_attention_serves(q, case.dropout):
+        notice(f"fastllm: attention runs through fastllm's own Triton kernel, as {reason}", once="attention:triton")
+        return "triton"
+    if q.is_cuda:
+        notice(f"fastllm: attention runs with a dense mask, as {reason}", once="attention:dense")
     return "autograd"
 
 

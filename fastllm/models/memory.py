@@ -81,7 +81,8 @@ class ActivationPlanner:
         """The attention kernel of this forward: the same in all layers that see the same shapes."""
         scores = q.shape[0] * q.shape[2] * k.shape[2]
         allow_cudnn = self._forwards_of_shape.get(self._shape, 0) * scores >= _CUDNN_AFTER_SCORES
-        given = tuple(part is not None for part in (case.mask, case.function, case.documents))
+        num_documents = 0 if case.documents is None else case.documents.cu_seqlens.numel()
+        given = (case.mask is not None, case.function is not None, num_documents)
         key = (q.shape, k.shape, q.dtype, q.device, given, case.sliding_window, case.softcap, case.dropout, allow_cudnn,
                torch.are_deterministic_algorithms_enabled())  # fmt: skip
         if key not in self._backends:
