@@ -76,7 +76,7 @@ def atomic_file(path: str | os.PathLike[str], num_bytes: int) -> Iterator[Atomic
             os.close(descriptor)
             descriptor = -1
         os.replace(partial, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -125,7 +125,8 @@ def require_space(files: Mapping[Path, int]) -> None:
             raise _described(error, path, needed[disk]) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

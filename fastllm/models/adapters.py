@@ -15,7 +15,6 @@ from torch import nn
 
 from .._errors import ArgumentError, MissingPackageError, UnsupportedError, nearest, reject_unknown
 from .._notices import notice, warn
-from .arch import get_arch
 from .memory import checkpointing_setting
 from .mixed_precision import hold_in_fp32
 from .model_methods import CHECKPOINTING, PLANNER, TRAINED_IN_FULL
@@ -268,9 +267,3 @@ def _same_adapter(model: Any, request: AdapterRequest) -> Any:
         )
     notice("fastllm: the model already has this adapter")
     return for_training(model, checkpointing_setting(request.use_gradient_checkpointing))
-
-
-def default_targets(model: Any) -> tuple[str, ...]:
-    """The linear layers of the decoder that LoRA goes to by default."""
-    arch = get_arch(model.config.model_type)
-    return () if arch is None else arch.attention_modules + arch.mlp_modules

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 # config.model_type -> module of fastllm.models.archs that defines its ARCH
 _ARCH_MODULES = {
@@ -25,16 +24,11 @@ class Arch:
 
     `classes` maps each Hugging Face class to the subclass that its instances become. A subclass adds forwards only: it
     keeps the name (transformers writes it into config.json and matches it in places) and has no `__init__`.
-    `attention_modules` and `mlp_modules` name the linear layers that LoRA goes to by default.
     """
 
     model_type: str
     classes: Mapping[type, type]
     layers: str = "model.layers"
-    attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    mlp_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    chat_template: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for original, fast in self.classes.items():

@@ -31,7 +31,6 @@ def hold_in_fp32(model: Any, trained: Mapping[str, torch.nn.Parameter]) -> None:
 def mixed_precision(model: Any) -> AbstractContextManager:
     """Autocast to the dtype of the 16-bit parts of `model`, where it has fp32 parts and autocast is off."""
     dtype = getattr(model, _DTYPE, None)
-    device = model.device.type
-    if dtype is None or torch.is_autocast_enabled(device):
+    if dtype is None or torch.is_autocast_enabled(model.device.type):
         return nullcontext()
-    return torch.autocast(device, dtype=dtype)
+    return torch.autocast(model.device.type, dtype=dtype)

@@ -20,7 +20,7 @@ except ImportError:  # Windows refuses to replace files that somebody holds open
     fcntl = None
 
 from .._errors import FastllmError, ModelError
-from ..gguf.atomic import SaveError
+from ..gguf.atomic import SaveError, sync_folder
 from .checkpoints import INDEX_FILE, SINGLE_FILE, read_weight_map
 
 _STAGING = ".fastllm.partial"
@@ -135,17 +135,6 @@ def _sync_files(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _described(error: OSError, target: Path, kept: Path | None) -> SaveError:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 from .._errors import ArgumentError, DataError, TokenizerError
 from .formats import messages_of, without_nulls
-from .rendering import ChatRenderer, Message, tokenizer_of
+from .rendering import ChatRenderer, Message, adds_bos, tokenizer_of
 from .response_spans import Rendered, ResponseFinder, Span
 from .sources import or_error
 
@@ -114,7 +115,7 @@ class RowEncoder:
 
     def _plain_text(self, text: str, end: bool = True) -> RowText:
         """Text with exactly one BOS, where the tokenizer puts one before text, and one EOS."""
-        bos = getattr(self._core, "bos_token", None) if self._adds_bos() else None
+        bos = getattr(self._core, "bos_token", None) if self._adds_bos else None
         text = (bos or "") + (text.removeprefix(bos) if bos else text)
         text = self._ended(text) if end else text
         return RowText(text, [Span(0, len(text), 0)])
@@ -123,9 +124,9 @@ class RowEncoder:
         eos = getattr(self._core, "eos_token", None) or ""
         return text if text.rstrip().endswith(eos) else text + eos
 
+    @cached_property
     def _adds_bos(self) -> bool:
-        bos = getattr(self._core, "bos_token_id", None)
-        return bos is not None and self._core("a")["input_ids"][:1] == [bos]
+        return adds_bos(self._core)
 
     def _finder(self, extra: Any = None) -> ResponseFinder:
         extra = json.loads(extra) if isinstance(extra, str) else without_nulls(extra or {})

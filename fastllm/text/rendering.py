@@ -23,6 +23,13 @@ def tokenizer_of(tokenizer: Any) -> Any:
     return getattr(tokenizer, "tokenizer", None) or tokenizer
 
 
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its BOS token before plain text."""
+    core = tokenizer_of(tokenizer)
+    bos = getattr(core, "bos_token_id", None)
+    return bos is not None and core("a")["input_ids"][:1] == [bos]
+
+
 class ChatRenderer:
     """Renders with `tokenizer`'s chat template, as `tokenizer.apply_chat_template(tokenize=False)` does.
 

@@ -1,18 +1,18 @@
-"""Small helpers around tokens that open and end a text."""
+"""The token that opens a text, and the word that ends one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .._errors import TokenizerError
-from .rendering import tokenizer_of
+from .rendering import adds_bos, tokenizer_of
 
 
 def remove_special_tokens(tokenizer: Any, prompt: str) -> str:
     """`prompt` without a leading BOS token where the tokenizer adds one itself, so that there is only one."""
     core = tokenizer_of(tokenizer)
     bos = core.bos_token
-    if bos and prompt.startswith(bos) and core("a")["input_ids"][:1] == [core.bos_token_id]:
+    if bos and prompt.startswith(bos) and adds_bos(core):
         return prompt.removeprefix(bos)
     return prompt
 

@@ -15,7 +15,7 @@ from typing import Any
 from .._errors import DataError, TokenizerError
 from .._notices import notice, warn
 from .encoding import IGNORED, EncodedRow, RowEncoder
-from .rendering import ChatRenderer, tokenizer_of
+from .rendering import ChatRenderer, adds_bos, tokenizer_of
 from .response_spans import ResponseFinder
 
 ADDED_PAD = "<|pad|>"
@@ -154,7 +154,7 @@ def spare_token(tokenizer: Any, used: Collection[int]) -> str | None:
 
 def _bos_source(core: Any, finder: ResponseFinder | None, problems: list[str]) -> str:
     bos = core.bos_token
-    adds = bos is not None and core("a")["input_ids"][:1] == [core.bos_token_id]
+    adds = adds_bos(core)
     if finder is None or bos is None:
         return "tokenizer" if adds else "nowhere"
     text = finder.renderer.render([{"role": "user", "content": "a"}])

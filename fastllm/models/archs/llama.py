@@ -5,4 +5,4 @@ from transformers.models.llama import modeling_llama
 from ..arch import Arch
 from ..blocks import decoder_classes
 
-ARCH = Arch(model_type="llama", classes=decoder_classes(modeling_llama, "Llama"), chat_template="llama-3.1")
+ARCH = Arch(model_type="llama", classes=decoder_classes(modeling_llama, "Llama"))

@@ -5,4 +5,4 @@ from transformers.models.mistral import modeling_mistral
 from ..arch import Arch
 from ..blocks import decoder_classes
 
-ARCH = Arch(model_type="mistral", classes=decoder_classes(modeling_mistral, "Mistral"), chat_template="mistral")
+ARCH = Arch(model_type="mistral", classes=decoder_classes(modeling_mistral, "Mistral"))

@@ -5,4 +5,4 @@ from transformers.models.qwen2 import modeling_qwen2
 from ..arch import Arch
 from ..blocks import decoder_classes
 
-ARCH = Arch(model_type="qwen2", classes=decoder_classes(modeling_qwen2, "Qwen2"), chat_template="qwen-2.5")
+ARCH = Arch(model_type="qwen2", classes=decoder_classes(modeling_qwen2, "Qwen2"))
