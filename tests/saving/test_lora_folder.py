@@ -35,6 +35,8 @@ def test_its_files_are_those_of_peft(base_of, tmp_path):
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in got)
     got, expected = (json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, tmp_path / "peft"))
+    for settings in (got, expected):  # PEFT writes a set, in an order that differs from run to run
+        settings["target_modules"].sort()
     assert got == expected
 
 
