@@ -27,6 +27,7 @@ from .attention import (
 )
 from .dispatch import compute_dtype, no_autocast, rows_of
 from .glu import glu_backward, glu_forward, glu_reference
+from .kept_weights import KeptWeights
 from .lora import (
     PARAMETERS_PER_PROJECTION,
     PreparedGroup,
@@ -92,7 +93,7 @@ class DecoderLayer:
 class LayerCall:
     """What differs from call to call: rotary angles [B or 1, S, rotary_dim], the attention case and who picks its
     backend, what to keep, and for `Keep.OFFLOADED_INPUT` where to put the input: `offload(x)` returns what fetches it
-    back."""
+    back; `kept_weights` is where dequantised weights stay until the next call, None frees them after use."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -100,6 +101,7 @@ class LayerCall:
     keep: Keep = Keep.ALL
     offload: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None
     choose_backend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCase], str] = choose_backend
+    kept_weights: KeptWeights | None = None
 
     def __post_init__(self) -> None:
         if self.keep is Keep.OFFLOADED_INPUT and self.offload is None:
@@ -164,7 +166,7 @@ class _DecoderLayer(torch.autograd.Function):
         keep_all = needs_backward and call.keep is Keep.ALL
         ctx.rng = random_state(x.device) if needs_backward and not keep_all and _is_random(layer, call) else None
         with no_autocast(x.device.type):
-            weights = _Weights(layer, ctx.dtype, shared=False)
+            weights = _Weights(layer, ctx.dtype, call.kept_weights, shared=False)
             state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=keep_all)
             y = _finish(layer, weights, state, keep=keep_all).view(x.shape)
         ctx.kept, ctx.fetch, ctx.backend = state if keep_all else None, None, state.attention.backend
@@ -188,7 +190,7 @@ class _DecoderLayer(torch.autograd.Function):
                 "not support retain_graph or double backward: load the model with patch=False for those"
             )
         with no_autocast(dy.device.type):
-            weights = _Weights(layer, ctx.dtype, shared=state is None)
+            weights = _Weights(layer, ctx.dtype, call.kept_weights, shared=state is None)
             is_fresh = state is None
             if state is None:
                 x = fetch() if fetch is not None else saved[-1]
@@ -208,12 +210,15 @@ class _Weights:
     """Prepared groups of a layer, each made when first asked for. `shared` keeps it for the backward that follows a
     recomputation; otherwise it is made anew, so that one group's buffer lives at a time."""
 
-    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, *, shared: bool) -> None:
-        self._layer, self._dtype, self._shared = layer, dtype, shared
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, kept: KeptWeights | None, *, shared: bool) -> None:
+        self._layer, self._dtype, self._kept, self._shared = layer, dtype, kept, shared
         self._made: dict[str, PreparedGroup] = {}
 
     def take(self, name: str, *, last: bool = False) -> PreparedGroup:
-        made = self._made.pop(name, None) or prepare(getattr(self._layer, name), self._dtype)
+        made = self._made.pop(name, None)
+        if made is None:
+            kept = None if self._kept is None else self._kept.form(name)
+            made = prepare(getattr(self._layer, name), self._dtype, kept=kept)
         if self._shared and not last:
             self._made[name] = made
         return made

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from .dispatch import compute_dtype, jit, launch_on, next_power_of_2, no_autocast, rows_of, tl, triton, use_triton
+from .kept_weights import KeptForm
 from .nf4 import Nf4Weight, dequantize_nf4
 
 # Columns of the extension are padded to this multiple: narrower ones fall off cuBLAS's fast kernels on wide outputs.
@@ -46,6 +47,10 @@ class Projection:
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.weight, Nf4Weight)
 
     @property
     def rank(self) -> int:
@@ -90,6 +95,12 @@ class ProjectionGroup:
         """`PARAMETERS_PER_PROJECTION` entries a projection; the order of the gradients of `project_backward`."""
         return [parameter for projection in self.projections for parameter in projection.parameters()]
 
+    def kept_bytes(self, dtype: torch.dtype) -> int:
+        """What `prepare` holds from call to call where it is given something to keep it in."""
+        if not any(projection.is_packed for projection in self.projections):
+            return 0
+        return (self.out_features + self.extension) * (self.in_features + self.extension) * dtype.itemsize
+
     def input_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, K + E]` whose left part takes the input, for the extended product; its contents are undefined."""
         return _finite_buffer(like.shape[0], self.in_features + self.extension, dtype, like.device)
@@ -115,8 +126,11 @@ class PreparedGroup:
     joined: torch.Tensor | None
 
 
-def prepare(group: ProjectionGroup, dtype: torch.dtype) -> PreparedGroup:
-    """Dequantise or cast the weights of a group, and lay out A and B beside them."""
+def prepare(group: ProjectionGroup, dtype: torch.dtype, *, kept: KeptForm | None = None) -> PreparedGroup:
+    """Dequantise or cast the weights of a group, and lay out A and B beside them.
+
+    `kept` holds the buffer with the dequantised weights from call to call; everything else is written anew.
+    """
     projections = group.projections
     n, k, e = group.out_features, group.in_features, group.extension
     device = projections[0].weight.device
@@ -127,12 +141,7 @@ def prepare(group: ProjectionGroup, dtype: torch.dtype) -> PreparedGroup:
         if e:
             a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in ((e, k), (n, e)))
     else:
-        joined = torch.empty(n + e, k + e, dtype=dtype, device=device)
-        for rows, projection in zip(group.row_slices, projections, strict=True):
-            if isinstance(projection.weight, Nf4Weight):
-                dequantize_nf4(projection.weight, dtype, out=joined[rows, :k])
-            else:
-                joined[rows, :k].copy_(projection.weight)
+        joined = _joined_weights(group, dtype, device, kept)
         weights = [(slice(0, n), joined[:n, :k])]
         if e:
             a, b = joined[n:, :k], joined[:n, k:]
@@ -317,6 +326,32 @@ def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
+
+
+def _joined_weights(
+    group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None
+) -> torch.Tensor:
+    """The buffer [N + E, K + E] with W in place; B and A are still to be written."""
+    packed = [p.weight for p in group.projections if isinstance(p.weight, Nf4Weight)]
+    layout = (
+        group.out_features,
+        group.in_features,
+        group.extension,
+        tuple(p.is_packed for p in group.projections),
+        dtype,
+    )
+    known = kept.find(packed, layout) if kept is not None and packed else None
+    shape = (group.out_features + group.extension, group.in_features + group.extension)
+    joined = torch.empty(shape, dtype=dtype, device=device) if known is None else known
+    for rows, projection in zip(group.row_slices, group.projections, strict=True):
+        target = joined[rows, : group.in_features]
+        if not isinstance(projection.weight, Nf4Weight):
+            target.copy_(projection.weight)
+        elif known is None:
+            dequantize_nf4(projection.weight, dtype, out=target)
+    if kept is not None and packed and known is None:
+        kept.store(packed, layout, joined, joined.nbytes)
+    return joined
 
 
 def _finite_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -139,10 +139,11 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
         assert position_embeddings is not None
         cos, sin = position_embeddings
         case = attention_case(self.self_attn, hidden_states, attention_mask, kwargs)
-        keep = Keep.ALL
+        keep, kept_weights = Keep.ALL, None
         if torch.is_grad_enabled():
             keep = planner.keep(self.self_attn.layer_idx, hidden_states, layer)
-        call = LayerCall(cos, sin, case, keep, planner.offload, planner.attention_backend)
+            kept_weights = planner.kept_weights(self.self_attn.layer_idx, hidden_states)
+        call = LayerCall(cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights)
         return decoder_layer(hidden_states, layer, call)
 
     return forward

@@ -32,6 +32,7 @@ from .calibration import CalibrationData, Moments, calibrate
 from .merge_plan import MergePlan, plan_merge
 from .merging import finite_block, merged_config, tell_source
 from .model_methods import TOKENIZER
+from .modes import release_weights
 from .patch import unwrapped
 
 _DEFAULT = "fast_quantized"
@@ -119,6 +120,7 @@ def save_gguf(model: Any, request: GgufRequest) -> dict[str, Any]:
     check_request(model, request)
     if request.save_method == "lora":
         return _written(request, [_save_lora(model, request)], None, full_precision=True)
+    release_weights(model, "the model is saved")
     tokenizer = _tokenizer_of(model, request.tokenizer)
     methods = _methods(request, str(model.dtype))
     plan = plan_merge(model)

@@ -122,10 +122,12 @@ def _state_of(module: nn.Module) -> tuple:
     base = module._modules.get("base_layer", module)
     assert base is not None
     weight = base._parameters.get("weight")
+    quantization = getattr(weight, "quant_state", None)
     state: tuple = (
         weight,
         None if weight is None else weight.data_ptr(),
-        getattr(weight, "quant_state", None),
+        quantization,
+        getattr(quantization, "absmax", None),  # QuantState.to exchanges its tensors in place
         base._parameters.get("bias"),
         bool(
             module._forward_hooks or base._forward_hooks or "forward" in module.__dict__ or "forward" in base.__dict__

@@ -1,4 +1,5 @@
-"""The memory planner: which decoder layers keep their activations, recompute them, or send their input to the host.
+"""The memory planner: which decoder layers keep their activations, recompute them, or send their input to the host,
+and which of them also keep their dequantised weights.
 
 The plan is made from the memory that is free when a longer batch than before arrives, and from the arithmetic of the
 layers. It only ever trades time: every plan gives the same gradients, bit for bit in deterministic mode.
@@ -16,6 +17,8 @@ from .._errors import ArgumentError
 from .._notices import notice
 from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.decoder_layer import DecoderLayer, Keep
+from ..kernels.kept_weights import KeptWeights
+from .weight_keeping import WeightKeeper
 
 GIB = 2**30
 # Part of the free memory that is left alone: fragmentation, cuBLAS workspaces, what other code allocates.
@@ -48,6 +51,8 @@ class ActivationPlanner:
     `setting` is `False` (keep everything), `True` (recompute everything from each layer's input), `"offload"` (the same
     with the inputs in host memory: the least device memory) or `"fastllm"` (planned). `reserved_bytes` is memory that
     training will take later: gradients and optimiser states.
+
+    Where the plan keeps all activations and memory is still free, layers also keep their dequantised 4-bit weights.
     """
 
     def __init__(self, num_layers: int, setting: bool | str = "fastllm") -> None:
@@ -56,6 +61,7 @@ class ActivationPlanner:
         self.reserved_bytes = 0
         self._plans: dict[int, list[Keep]] = {}
         self._plan: list[Keep] = []
+        self._weights = WeightKeeper(num_layers)
         self._told = ""
         self._offload = HostOffload()
         self._last_index = num_layers
@@ -66,6 +72,8 @@ class ActivationPlanner:
     def use(self, setting: bool | str) -> None:
         self.setting = checkpointing_setting(setting)
         self._plans.clear()
+        self._weights.release("use_gradient_checkpointing is set anew")
+        self._weights = WeightKeeper(self.num_layers)
 
     def keep(self, index: int, x: torch.Tensor, layer: DecoderLayer) -> Keep:
         """What layer `index` keeps, given its input `x [B, S, D]`, in a forward that will be differentiated."""
@@ -73,6 +81,14 @@ class ActivationPlanner:
             self._begin(x, layer)
         self._last_index = index
         return self._plan[index]
+
+    def kept_weights(self, index: int, x: torch.Tensor) -> KeptWeights | None:
+        """Where layer `index` keeps its dequantised weights; None if it does not."""
+        return self._weights.of_layer(index, x.device)
+
+    def release_weights(self, reason: str) -> None:
+        """Free every kept weight; training that goes on makes them again."""
+        self._weights.release(reason)
 
     def offload(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         return self._offload.put(x)
@@ -105,6 +121,7 @@ class ActivationPlanner:
         self._plan = self._plans[bucket]
 
     def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:
+        """The plan of batches of up to `tokens`. Also settles how many layers keep their weights beside it."""
         count = self.num_layers
         if self.setting is False:
             return [Keep.ALL] * count
@@ -116,7 +133,7 @@ class ActivationPlanner:
             # The last layer's input is wanted back at once.
             return [floor] * (count - 1) + [Keep.INPUT]
         sizes = LayerBytes.of(layer, dtype)
-        free = free_bytes(device)
+        free = free_bytes(device) + self._weights.nbytes
         budget = free - _MARGIN * free - _MARGIN_BYTES - self.reserved_bytes - sizes.transient(tokens)
         kept = max(0, min(count, int((budget - count * sizes.layer_input * tokens) // max(1, sizes.stash * tokens))))
         recomputed = count - kept
@@ -124,6 +141,8 @@ class ActivationPlanner:
         if kept == 0:
             on_device = max(1, min(count, int(budget // max(1, sizes.layer_input * tokens))))
         plan = [floor] * (recomputed - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
+        spare = budget - count * (sizes.layer_input + sizes.stash) * tokens if kept == count else 0
+        self._weights.allow(spare, sizes.kept_weights, device, f"a batch of up to {tokens:,} tokens takes the memory")
         self._tell(plan, tokens, sizes, free)
         return plan
 
@@ -133,6 +152,9 @@ class ActivationPlanner:
             counts[Keep.ALL] * sizes.stash + (len(plan) - counts[Keep.OFFLOADED_INPUT]) * sizes.layer_input
         )
         parts = ", ".join(f"{counts[keep]} {keep.value}" for keep in Keep if counts[keep])
+        if self._weights.num_layers:
+            parts += f"; {self._weights.num_layers} keep their dequantised weights"
+            held += self._weights.num_layers * sizes.kept_weights
         share = f"about {held / GIB:.1f} of {free / GIB:.1f} GiB free"
         line = f"fastllm: activations of up to {tokens:,} tokens: {parts} ({share})"
         if parts not in self._told:
@@ -142,13 +164,14 @@ class ActivationPlanner:
 
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
-    """Bytes a token that a layer holds (`stash` beside its input when it keeps all, `layer_input` always), and what
-    its backward needs at most for a moment."""
+    """Bytes a token that a layer holds (`stash` beside its input when it keeps all, `layer_input` always), what its
+    backward needs at most for a moment, and what its weights take where they stay dequantised."""
 
     stash: int
     layer_input: int
     backward: int
     weights: int
+    kept_weights: int
 
     @classmethod
     def of(cls, layer: DecoderLayer, dtype: torch.dtype) -> LayerBytes:
@@ -161,7 +184,10 @@ class LayerBytes:
         backward = size * (5 * inner + 6 * width + 2 * qkv + attended)
         largest = max(group.out_features * (group.in_features + group.extension) for group in layer.groups())
         total = sum(group.out_features * (group.in_features + group.extension) for group in layer.groups())
-        return cls(stash, size * width, backward, size * (total + largest))
+        # Under autocast they are smaller than this.
+        widest = max(dtype, layer.qkv.dtype or dtype, key=lambda dtype: dtype.itemsize)
+        kept_weights = sum(group.kept_bytes(widest) for group in layer.groups())
+        return cls(stash, size * width, backward, size * (total + largest), kept_weights)
 
     def transient(self, tokens: int) -> int:
         """The most that is alive at once besides what the layers keep: a layer's backward, or the head's chunks."""

@@ -44,7 +44,9 @@ class ModelMethods:
         """`transformers`' generate, in evaluation mode whatever the present mode. Also takes a tokenizer's output,
         as its one argument or as `input_ids`, which is how `apply_chat_template` returns it since transformers 5."""
         from .mixed_precision import mixed_precision
+        from .modes import release_weights
 
+        release_weights(self, "text is generated")
         if isinstance(kwargs.get("input_ids"), Mapping):
             inputs = kwargs.pop("input_ids")
         if isinstance(inputs, Mapping):

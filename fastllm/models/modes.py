@@ -29,9 +29,17 @@ def for_training(model: Any, use_gradient_checkpointing: bool | str | None = Non
 def for_inference(model: Any) -> Any:
     """Dropout off, key-value cache on, tokenizer pads left."""
     base = _checked(model)
+    release_weights(base, "the model leaves training")
     base.config.use_cache = True
     _pad(base, "left")
     return model.eval()
+
+
+def release_weights(base: Any, reason: str) -> None:
+    """Free the dequantised weights that a model has kept since its last training step."""
+    planner = getattr(base, PLANNER, None)
+    if planner is not None:
+        planner.release_weights(reason)
 
 
 def checkpoint_blocks(base: Any, setting: bool | str) -> None:

@@ -89,6 +89,9 @@ def adapt(model: nn.Module, arch: Arch | None, planner_setting: bool | str) -> N
 def restore(model: nn.Module) -> nn.Module:
     """Give every module of the model its original class back."""
     forget_groups(model)
+    planner = model.__dict__.get(PLANNER)
+    if planner is not None:
+        planner.release_weights("the model has its original classes back")
     for module in model.modules():
         original = module.__dict__.pop(_ORIGINAL, None)
         module.__dict__.pop(PLANNER, None)

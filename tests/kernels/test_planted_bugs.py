@@ -18,6 +18,14 @@ from .parity import OverLimit, Setting
 from .test_attention import check_two_functions, check_under_autograd, masks
 from .test_decoder_layer import SPECS, Spec, check_keep_modes, check_layer
 from .test_glu import check_glu, check_overlay
+from .test_kept_weights import (
+    adapters_trained,
+    check_dtypes,
+    check_follows,
+    dense_edited,
+    replaced,
+    rewritten,
+)
 from .test_linear_cross_entropy import Case, check_loss, check_statistics
 from .test_lora import DROPOUT, GROUPS, RANK_STABILIZED, check_group
 from .test_nf4 import check_dequantize
@@ -194,6 +202,15 @@ LORA = {
         "return dy @ prepared.joined[: group.out_features, : group.in_features], dy_low_rank",
         checks(check_group, GROUPS["one"], weights="nf4"),
     ),
+    "adapters_of_the_first_step_kept": Bug(
+        "    if a is not None and b is not None:\n", "    if a is not None and b is not None and a.isnan().any():\n",
+        checks(check_follows, adapters_trained, on="reference"),
+    ),
+    "dense_weight_kept": Bug(
+        "if not isinstance(projection.weight, Nf4Weight):\n            target",
+        "if known is None and not isinstance(projection.weight, Nf4Weight):\n            target",
+        checks(check_follows, dense_edited, dense=True, on="reference"),
+    ),
     "dropout_mask_drawn_again": Bug(
         "masks = rest[: len(group.projections)]", "masks = dropout_masks(group, rows_of(x))",
         checks(check_group, DROPOUT),
@@ -323,9 +340,31 @@ LAYER = {
     ),
 }  # fmt: skip
 
+KEPT_WEIGHTS = {
+    "writes_go_unnoticed": Bug(
+        "(tensor.data_ptr(), tensor._version)", "tensor.data_ptr()",
+        checks(check_follows, rewritten("packed"), on="reference"),
+    ),
+    "exchange_goes_unnoticed": Bug(
+        "(tensor.data_ptr(), tensor._version)", "tensor._version",
+        checks(check_follows, replaced("packed"), on="reference"),
+    ),
+    "statistics_go_unnoticed": Bug(
+        "weight.packed, weight.absmax, weight.code,", "weight.packed, weight.code,",
+        checks(check_follows, replaced("absmax"), on="reference"),
+    ),
+    "nested_statistics_go_unnoticed": Bug(
+        "weight.nested_absmax, weight.nested_code,", "weight.nested_code,",
+        checks(check_follows, rewritten("nested_absmax"), on="reference"),
+    ),
+    "other_dtype_goes_unnoticed": Bug(
+        "return layout, tensors, numbers", "return layout[:-1], tensors, numbers", checks(check_dtypes, on="reference")
+    ),
+}  # fmt: skip
+
 BUGS = {
     "rms_norm": RMS_NORM, "rope": ROPE, "glu": GLU, "nf4": NF4, "lora": LORA, "linear_cross_entropy": LOSS,
-    "attention": ATTENTION, "decoder_layer": LAYER,
+    "attention": ATTENTION, "decoder_layer": LAYER, "kept_weights": KEPT_WEIGHTS,
 }  # fmt: skip
 
 

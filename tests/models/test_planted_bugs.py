@@ -7,6 +7,7 @@ from ..kernels.parity import OverLimit
 from ..planting import Bug, plant
 from .families import FAMILIES, batch, build, fast_copy, with_lora
 from .test_parity import check_same_step, left_padded, packed
+from .test_weight_keeping import check_exchanged_state
 
 
 def checks(family, inputs=lambda config, device: batch(config, device=device), *, setting=False, **options):
@@ -57,6 +58,9 @@ LORA_VIEW = {
     "dropout_ignored": Bug(
         "dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0", "0.0",
         checks("llama", lora_dropout=0.2),
+    ),
+    "exchanged_statistics_ignored": Bug(
+        'getattr(quantization, "absmax", None),', "None,", check_exchanged_state
     ),
     "bias_ignored": Bug("return Projection(weight, bias)", "return Projection(weight)", checks("qwen2")),
 }  # fmt: skip
