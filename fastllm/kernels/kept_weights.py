@@ -24,11 +24,11 @@ class KeptForm:
             self.clear()
         return self._form
 
-    def store(self, weights: Sequence[Nf4Weight], layout: tuple, form: Any, nbytes: int) -> None:
-        """Hold `form`, `nbytes` large, made from `weights`."""
+    def store(self, weights: Sequence[Nf4Weight], layout: tuple, form: Any) -> None:
+        """Hold `form`, made from `weights`: a tensor, or what has `nbytes` like one."""
         # Their memory is held too: freed, another tensor could take its address.
         self._weights = tuple(weights)
-        self._key, self._form, self.nbytes = _key(weights, layout), form, nbytes
+        self._key, self._form, self.nbytes = _key(weights, layout), form, form.nbytes
 
     def clear(self) -> None:
         self._form, self._key, self._weights, self.nbytes = None, None, (), 0

@@ -11,7 +11,8 @@ dimension:
     forward    Y  = [x | x A^T] [W | B]^T          backward   dX = [dY | dY B] [W ; A]
 
 with A = stack(s_i A_i) and B = blockdiag(B_i): one buffer [N + E, K + E] holds W, B and A. Elsewhere the low-rank term
-is computed first and the large product accumulates onto it, so it is rounded once too.
+is computed first and the large product accumulates onto it, so it is rounded once too. A group of frozen weights may
+ask for FP8 (fp8.py) in its two large products; the low-rank path stays in the compute dtype and is added to them.
 
 Shapes: x [T, K], y [T, N] with N = sum of out features; A_i [r_i, K], B_i [N_i, r_i]; E = sum of ranks, padded.
 Dtypes: matrix products in the compute dtype with fp32 accumulation; gradients of parameters accumulate in fp32 and
@@ -19,95 +20,19 @@ take the parameter's dtype.
 Source: Hu et al., "LoRA", arXiv 2106.09685, section 4.1; scaling of rsLoRA: arXiv 2312.03732.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .dispatch import compute_dtype, jit, launch_on, next_power_of_2, no_autocast, rows_of, tl, triton, use_triton
+from .fp8 import Fp8Matrix, fp8_input_grad, fp8_linear, quantize_rows
 from .kept_weights import KeptForm
 from .nf4 import Nf4Weight, dequantize_nf4
+from .projections import PARAMETERS_PER_PROJECTION, Projection, ProjectionGroup
 
-# Columns of the extension are padded to this multiple: narrower ones fall off cuBLAS's fast kernels on wide outputs.
-EXTENSION_MULTIPLE = 64
 _MAX_FILLED = 3
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Projection:
-    """One linear layer as plain tensors. `weight` is [N, K], dense or 4-bit; `lora_a` [r, K] and `lora_b` [N, r]."""
-
-    weight: torch.Tensor | Nf4Weight
-    bias: torch.Tensor | None = None
-    lora_a: torch.Tensor | None = None
-    lora_b: torch.Tensor | None = None
-    scaling: float = 1.0
-    dropout: float = 0.0
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def is_packed(self) -> bool:
-        return isinstance(self.weight, Nf4Weight)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.lora_a is None else self.lora_a.shape[0]
-
-    def parameters(self) -> tuple[torch.Tensor | None, ...]:
-        """(weight, bias, A, B) with None for what is absent or can't take a gradient."""
-        weight = self.weight if isinstance(self.weight, torch.Tensor) else None
-        return weight, self.bias, self.lora_a, self.lora_b
-
-
-PARAMETERS_PER_PROJECTION = 4
-
-
-class ProjectionGroup:
-    """Projections that read the same input, in the order of their columns in the joined output."""
-
-    __slots__ = ("extension", "has_dropout", "in_features", "out_features", "projections", "rank_slices", "row_slices")
-
-    def __init__(self, projections: Sequence[Projection]) -> None:
-        self.projections = tuple(projections)
-        self.in_features = self.projections[0].weight.shape[1]
-        self.row_slices, self.rank_slices = [], []
-        rows = ranks = 0
-        for projection in self.projections:
-            if projection.weight.shape[1] != self.in_features:
-                raise ValueError(f"projections of a group read one input: {[p.weight.shape for p in projections]}")
-            self.row_slices.append(slice(rows, rows + projection.out_features))
-            self.rank_slices.append(slice(ranks, ranks + projection.rank))
-            rows, ranks = rows + projection.out_features, ranks + projection.rank
-        self.out_features = rows
-        self.extension = -(-ranks // EXTENSION_MULTIPLE) * EXTENSION_MULTIPLE
-        self.has_dropout = any(p.dropout > 0 and p.rank for p in self.projections)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype that the weights ask to be multiplied in, outside autocast; None leaves it to the input."""
-        weight = self.projections[0].weight
-        return weight.compute_dtype if isinstance(weight, Nf4Weight) else weight.dtype
-
-    def parameters(self) -> list[torch.Tensor | None]:
-        """`PARAMETERS_PER_PROJECTION` entries a projection; the order of the gradients of `project_backward`."""
-        return [parameter for projection in self.projections for parameter in projection.parameters()]
-
-    def kept_bytes(self, dtype: torch.dtype) -> int:
-        """What `prepare` holds from call to call where it is given something to keep it in."""
-        if not any(projection.is_packed for projection in self.projections):
-            return 0
-        return (self.out_features + self.extension) * (self.in_features + self.extension) * dtype.itemsize
-
-    def input_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A `[T, K + E]` whose left part takes the input, for the extended product; its contents are undefined."""
-        return _finite_buffer(like.shape[0], self.in_features + self.extension, dtype, like.device)
-
-    def output_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A `[T, N + E]` whose left part takes the output, or its gradient; its contents are undefined."""
-        return _finite_buffer(like.shape[0], self.out_features + self.extension, dtype, like.device)
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +40,8 @@ class PreparedGroup:
     """The matrices of one pass over a group, in the compute dtype.
 
     `weights` are (columns of y, [n, K]) pairs; `a` [E, K] is stacked and scaled, `b` [N, E] block-diagonal; `joined` is
-    the buffer [N + E, K + E] that holds them all where the extended product is possible.
+    the buffer [N + E, K + E] that holds them all where the extended product is possible. `fp8` [N, K] stands for
+    `weights` in a group that asks for it.
     """
 
     group: ProjectionGroup
@@ -124,6 +50,7 @@ class PreparedGroup:
     b: torch.Tensor | None
     bias: torch.Tensor | None
     joined: torch.Tensor | None
+    fp8: Fp8Matrix | None = None
 
 
 def prepare(group: ProjectionGroup, dtype: torch.dtype, *, kept: KeptForm | None = None) -> PreparedGroup:
@@ -135,9 +62,12 @@ def prepare(group: ProjectionGroup, dtype: torch.dtype, *, kept: KeptForm | None
     n, k, e = group.out_features, group.in_features, group.extension
     device = projections[0].weight.device
     dense = [p.weight.detach() for p in projections if isinstance(p.weight, torch.Tensor) and p.weight.dtype == dtype]
-    a = b = joined = None
-    if len(dense) == len(projections):
-        weights = list(zip(group.row_slices, dense, strict=True))
+    a = b = joined = fp8 = None
+    if group.is_fp8 or len(dense) == len(projections):
+        if group.is_fp8:
+            weights, fp8 = [], _fp8_weights(group, dtype, device, kept)
+        else:
+            weights = list(zip(group.row_slices, dense, strict=True))
         if e:
             a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in ((e, k), (n, e)))
     else:
@@ -153,7 +83,7 @@ def prepare(group: ProjectionGroup, dtype: torch.dtype, *, kept: KeptForm | None
             torch.zeros(p.out_features, dtype=dtype, device=device) if p.bias is None else p.bias for p in projections
         ]
         bias = torch.cat([part.detach().to(dtype) for part in parts]) if len(parts) > 1 else parts[0].detach().to(dtype)
-    return PreparedGroup(group, weights, a, b, bias, joined)
+    return PreparedGroup(group, weights, a, b, bias, joined, fp8)
 
 
 def project(
@@ -171,7 +101,15 @@ def project(
     group = prepared.group
     y = torch.empty(x.shape[0], group.out_features, dtype=x.dtype, device=x.device) if out is None else out
     masks = dropout_masks(group, x)
-    low_rank = low_rank_input(prepared, x, masks, out=None if extended is None else extended[:, group.in_features :])
+    beside = None if extended is None or group.is_fp8 else extended[:, group.in_features :]
+    low_rank = low_rank_input(prepared, x, masks, out=beside)
+    if prepared.fp8 is not None:
+        fp8_linear(x, prepared.fp8, out=y)
+        if prepared.bias is not None:
+            y += prepared.bias
+        if low_rank is not None and prepared.b is not None:
+            y.addmm_(low_rank, prepared.b.t())
+        return y, low_rank, masks
     if prepared.joined is not None and extended is not None and low_rank is not None:
         _linear(extended, prepared.joined[: group.out_features], prepared.bias, y)
         return y, low_rank, masks
@@ -202,22 +140,22 @@ def input_grad(
     group = prepared.group
     dy_low_rank = None
     if prepared.b is not None:
-        dy_low_rank = (
-            dy.new_empty(dy.shape[0], group.extension) if extended is None else extended[:, group.out_features :]
-        )
+        beside = None if extended is None or group.is_fp8 else extended[:, group.out_features :]
+        dy_low_rank = dy.new_empty(dy.shape[0], group.extension) if beside is None else beside
         torch.mm(dy, prepared.b, out=dy_low_rank)
     if not needs_dx:
         return None, dy_low_rank
     if prepared.joined is not None and extended is not None and dy_low_rank is not None and not group.has_dropout:
         return extended @ prepared.joined[:, : group.in_features], dy_low_rank
-    dx = None
+    dx = None if prepared.fp8 is None else fp8_input_grad(dy, prepared.fp8)
     if dy_low_rank is not None and prepared.a is not None:
         if group.has_dropout:
-            dx = torch.zeros(dy.shape[0], group.in_features, dtype=dy.dtype, device=dy.device)
+            if dx is None:
+                dx = torch.zeros(dy.shape[0], group.in_features, dtype=dy.dtype, device=dy.device)
             for projection, ranks, mask in zip(group.projections, group.rank_slices, masks, strict=True):
                 dx += _dropped(dy_low_rank[:, ranks] @ prepared.a[ranks], mask, projection.dropout)
         else:
-            dx = dy_low_rank @ prepared.a
+            dx = dy_low_rank @ prepared.a if dx is None else dx.addmm_(dy_low_rank, prepared.a)
     for rows, weight in prepared.weights:
         dx = dy[:, rows] @ weight if dx is None else dx.addmm_(dy[:, rows], weight)
     return dx, dy_low_rank
@@ -332,15 +270,7 @@ def _joined_weights(
     group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None
 ) -> torch.Tensor:
     """The buffer [N + E, K + E] with W in place; B and A are still to be written."""
-    packed = [p.weight for p in group.projections if isinstance(p.weight, Nf4Weight)]
-    layout = (
-        group.out_features,
-        group.in_features,
-        group.extension,
-        tuple(p.is_packed for p in group.projections),
-        dtype,
-    )
-    known = kept.find(packed, layout) if kept is not None and packed else None
+    known, remember = _kept_form(group, dtype, kept)
     shape = (group.out_features + group.extension, group.in_features + group.extension)
     joined = torch.empty(shape, dtype=dtype, device=device) if known is None else known
     for rows, projection in zip(group.row_slices, group.projections, strict=True):
@@ -349,19 +279,32 @@ def _joined_weights(
             target.copy_(projection.weight)
         elif known is None:
             dequantize_nf4(projection.weight, dtype, out=target)
-    if kept is not None and packed and known is None:
-        kept.store(packed, layout, joined, joined.nbytes)
+    remember(joined)
     return joined
 
 
-def _finite_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A buffer that holds no NaN before it is written.
+def _fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None) -> Fp8Matrix:
+    """W [N, K] in FP8."""
+    known, remember = _kept_form(group, dtype, kept)
+    fp8 = Fp8Matrix.empty(group.out_features, group.in_features, device) if known is None else known
+    for rows, projection in zip(group.row_slices, group.projections, strict=True):
+        if not isinstance(projection.weight, Nf4Weight):
+            quantize_rows(projection.weight.detach(), out=fp8.rows(rows))
+        elif known is None:
+            quantize_rows(dequantize_nf4(projection.weight, dtype), out=fp8.rows(rows))
+    remember(fp8)
+    return fp8
 
-    On CPUs with AMX the bf16 product of a narrower view reads on to the end of a tile, and multiplies what is there
-    by zero (oneDNN of torch 2.13).
-    """
-    make = torch.zeros if device.type == "cpu" else torch.empty
-    return make(rows, columns, dtype=dtype, device=device)
+
+def _kept_form(group: ProjectionGroup, dtype: torch.dtype, kept: KeptForm | None) -> tuple[Any, Callable[[Any], None]]:
+    """What is kept of a group's 4-bit weights, or None, and a function that takes what shall be kept of them."""
+    packed = [p.weight for p in group.projections if isinstance(p.weight, Nf4Weight)]
+    if kept is None or not packed:
+        return None, lambda form: None
+    is_packed = tuple(p.is_packed for p in group.projections)
+    layout = (group.out_features, group.in_features, group.extension, is_packed, group.is_fp8, dtype)
+    known = kept.find(packed, layout)
+    return known, lambda form: None if known is not None else kept.store(packed, layout, form)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:

@@ -16,10 +16,11 @@ from .._errors import ArgumentError, ModelError, UnsupportedError
 from .._notices import notice, warn
 from ..text.rendering import tokenizer_of
 from .arch import get_arch, supported_model_types
+from .fp8_compute import check_fp8_compute, use_fp8
 from .memory import checkpointing_setting
 from .model_methods import PLANNER, TOKENIZER, TRAINED_IN_FULL
 from .modes import checkpoint_blocks
-from .patch import adapt
+from .patch import adapt, decoder_layers
 from .processor import load_processor
 from .quantized import bitsandbytes_config, given_config
 from .tokenizer import load_tokenizer, settle_tokens
@@ -55,6 +56,7 @@ class LoadRequest:
     config: Any = None
     patch: bool = True
     strict: bool = False
+    fp8_compute: bool = False
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,11 +90,15 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
         notice("fastllm: CUDA memory grows in expandable segments (PYTORCH_CUDA_ALLOC_CONF overrides)", once="segments")
     source = resolve(request)
     precision = plan_precision(request, source.config, device)
+    fp8_compute = check_fp8_compute(
+        request.fp8_compute, source.config.model_type, device, precision.dtype,
+        bits=request.bits, full_finetuning=request.full_finetuning, patch=request.patch,
+    )  # fmt: skip
     max_seq_length = extend_context(source.config, request)
     model = _load_weights(request, source, precision, device)
     if request.resize_model_vocab is not None:
         model.resize_token_embeddings(request.resize_model_vocab)
-    _adapt(model, request)
+    _adapt(model, request, fp8_compute=fp8_compute)
     tokenizer = _load_tokenizer(request, source, max_seq_length)
     settle_tokens(tokenizer_of(tokenizer), model, repair=request.fix_tokenizer)
     setattr(model, TOKENIZER, tokenizer)
@@ -259,7 +265,7 @@ def _device_map(device_map: Any, device: Device) -> Any:
     return "sequential" if device_map == "unsloth" else device_map
 
 
-def _adapt(model: Any, request: LoadRequest) -> None:
+def _adapt(model: Any, request: LoadRequest, *, fp8_compute: bool) -> None:
     model_type = model.config.model_type
     arch = get_arch(model_type) if request.patch else None
     if arch is None and request.patch:
@@ -271,6 +277,8 @@ def _adapt(model: Any, request: LoadRequest) -> None:
         notice(f"fastllm: {text}. The model runs transformers' own forward.")
     setting = checkpointing_setting(request.use_gradient_checkpointing)
     adapt(model, arch, setting)
+    if arch is not None and fp8_compute:
+        use_fp8(model, decoder_layers(model, arch))
     checkpoint_blocks(model, setting)
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from .._compat import has_foreign_hooks
-from ..kernels.lora import Projection, ProjectionGroup
 from ..kernels.nf4 import Nf4Weight
+from ..kernels.projections import Projection, ProjectionGroup, fp8_obstacle
 from .quantized import unpack_cpu_weight
 
 # Attribute of the owning module that remembers a group, with the state of its layers it was made from.
 _CACHE = "_fastllm_groups"
+# Attribute of an owning module whose frozen weights shall be multiplied in FP8.
+FP8_COMPUTE = "_fastllm_fp8_compute"
 
 
 def projection_of(module: nn.Module) -> Projection | str:
@@ -71,7 +73,8 @@ def group_of(owner: nn.Module, key: str, modules: Sequence[nn.Module]) -> Projec
             break
         projections.append(projection)
     if result is None:
-        result = ProjectionGroup(projections)
+        is_fp8 = owner.__dict__.get(FP8_COMPUTE, False) and fp8_obstacle(projections) is None
+        result = ProjectionGroup(projections, is_fp8=is_fp8)
     cache[key] = (state, result)
     return result
 
@@ -133,6 +136,7 @@ def _state_of(module: nn.Module) -> tuple:
             module._forward_hooks or base._forward_hooks or "forward" in module.__dict__ or "forward" in base.__dict__
         ),
         module.training,
+        weight is not None and weight.requires_grad,
     )
     if base is module:
         return state

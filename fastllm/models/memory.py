@@ -182,6 +182,8 @@ class LayerBytes:
         raw = qkv if layer.query_norm is not None else 0
         stash = size * (qkv + raw + attended + width + 2 * inner + extensions) + 4 * (attended // layer.head_dim + 4)
         backward = size * (5 * inner + 6 * width + 2 * qkv + attended)
+        # Before an FP8 product its input is written a second time, a byte a value.
+        backward += max(max(group.in_features, group.out_features) * group.is_fp8 for group in layer.groups())
         largest = max(group.out_features * (group.in_features + group.extension) for group in layer.groups())
         total = sum(group.out_features * (group.in_features + group.extension) for group in layer.groups())
         # Under autocast they are smaller than this.

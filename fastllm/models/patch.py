@@ -14,7 +14,8 @@ from torch import nn
 
 from .._errors import ModelError
 from .arch import Arch, get_arch
-from .lora_view import forget_groups
+from .fp8_compute import fp8_note
+from .lora_view import FP8_COMPUTE, forget_groups
 from .memory import ActivationPlanner
 from .model_methods import PLANNER, ModelMethods
 
@@ -95,6 +96,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         original = module.__dict__.pop(_ORIGINAL, None)
         module.__dict__.pop(PLANNER, None)
+        module.__dict__.pop(FP8_COMPUTE, None)
         if original is not None:
             module.__class__ = original
     return model
@@ -109,16 +111,18 @@ def report(model: Any) -> FastReport:
     arch = get_arch(model_type)
     if arch is None or _ORIGINAL not in model.__dict__ or not hasattr(model, PLANNER):
         return FastReport(model_type, notes=["the model runs transformers' own forward"])
-    layers = []
+    layers, fp8_groups = [], []
     for index, layer in enumerate(decoder_layers(model, arch)):
         fused = fused_layer(layer)
         name = f"{arch.layers}.{index}"
-        if not isinstance(fused, str):
-            layers.append(LayerReport(name, "fused"))
-            continue
         parts = [
             part for part in (attention_groups(layer.self_attn), mlp_groups(layer.mlp)) if not isinstance(part, str)
         ]
+        if hasattr(layer.mlp, FP8_COMPUTE):
+            fp8_groups.append([group for part in parts for group in part])
+        if not isinstance(fused, str):
+            layers.append(LayerReport(name, "fused"))
+            continue
         layers.append(LayerReport(name, "parts" if parts else "transformers", fused))
     head = head_group(model)
     return FastReport(
@@ -126,7 +130,10 @@ def report(model: Any) -> FastReport:
         layers,
         head="head and loss fused" if not isinstance(head, str) else f"loss from full logits: {head}",
         activations=getattr(model, PLANNER).describe(),
-        notes=["the vision tower runs transformers' own forward"] if hasattr(model.config, "vision_config") else [],
+        notes=[
+            fp8_note(fp8_groups),
+            *(["the vision tower runs transformers' own forward"] if hasattr(model.config, "vision_config") else []),
+        ],
     )
 
 

@@ -63,6 +63,7 @@ class FastModel:
         text_only: bool = False,
         patch: bool = True,
         strict: bool = False,
+        fp8_compute: bool = False,
         **options: Any,
     ) -> tuple[Any, Any]:
         """Load a checkpoint, or an adapter together with its base. Returns `(model, processor)` for a model that sees

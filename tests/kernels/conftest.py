@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from fastllm.kernels import lora
+from fastllm.kernels import projections
 
 from .parity import Setting
 
@@ -61,4 +61,4 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def narrow_extension(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Spares Triton's interpreter the padding rows of A, most of its time where LoRA is not the point."""
     if device.type == "cpu":
-        monkeypatch.setattr(lora, "EXTENSION_MULTIPLE", 8)
+        monkeypatch.setattr(projections, "EXTENSION_MULTIPLE", 8)

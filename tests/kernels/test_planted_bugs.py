@@ -17,6 +17,8 @@ from ..planting import Bug, plant
 from .parity import OverLimit, Setting
 from .test_attention import check_two_functions, check_under_autograd, masks
 from .test_decoder_layer import SPECS, Spec, check_keep_modes, check_layer
+from .test_fp8 import check_factors, check_products, check_quantize, check_transposed
+from .test_fp8 import check_group as check_fp8_group
 from .test_glu import check_glu, check_overlay
 from .test_kept_weights import (
     adapters_trained,
@@ -211,6 +213,16 @@ LORA = {
         "if known is None and not isinstance(projection.weight, Nf4Weight):\n            target",
         checks(check_follows, dense_edited, dense=True, on="reference"),
     ),
+    "low_rank_path_forgotten": Bug(
+        "            y.addmm_(low_rank, prepared.b.t())\n", "            pass\n",
+        checks(check_fp8_group, "dense", on="reference"),
+    ),
+    "low_rank_gradient_forgotten": Bug(
+        "dx = dy_low_rank @ prepared.a if dx is None else dx.addmm_(dy_low_rank, prepared.a)",
+        "dx = dy_low_rank @ prepared.a if dx is None else dx", checks(check_fp8_group, "dense", on="reference"),
+    ),
+    "bias_forgotten": Bug("            y += prepared.bias\n", "            pass\n",
+                          checks(check_fp8_group, "nf4", on="reference")),
     "dropout_mask_drawn_again": Bug(
         "masks = rest[: len(group.projections)]", "masks = dropout_masks(group, rows_of(x))",
         checks(check_group, DROPOUT),
@@ -362,9 +374,34 @@ KEPT_WEIGHTS = {
     ),
 }  # fmt: skip
 
+FP8 = {
+    "largest_does_not_fit": Bug(
+        "(largest >> 23) - 8 + tl.where", "(largest >> 23) - 9 + tl.where", checks(check_quantize)
+    ),
+    "half_a_range_wasted": Bug("(largest & 0x7FFFFF) > 0x600000", "(largest & 0x7FFFFF) > 0", checks(check_quantize)),
+    "ties_rounded_up": Bug("0x7FFFF + ((magnitude >> 20) & 1)", "0x80000", checks(check_quantize)),
+    "sign_lost": Bug("tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign",
+                     "tl.where(magnitude < (127 - 6) << 23, steps, normal)", checks(check_quantize)),
+    "small_values_lost": Bug("magnitude < (127 - 6) << 23, steps,", "magnitude < (127 - 6) << 23, 0,",
+                             checks(check_quantize)),
+    "zero_rows_scaled_by_zero": Bug("tl.where(largest == 0, 127, tl.maximum(exponent, 1))", "tl.maximum(exponent, 1)",
+                                    checks(check_quantize)),
+    "factors_ignored": Bug("HAS_FACTORS=factors is not None", "HAS_FACTORS=False", checks(check_factors)),
+    "factors_ignored_in_the_reference": Bug("x.float() * factors", "x.float()", checks(check_factors, on="reference")),
+    "weight_scales_not_in_the_gradient": Bug("quantize_rows(dy, factors=weight.scales)", "quantize_rows(dy)",
+                                             checks(check_products, on="reference")),
+    "weight_scales_twice_in_the_gradient": Bug(
+        "Fp8Matrix(transposed(weight.values), ones)", "Fp8Matrix(transposed(weight.values), ones * weight.scales[0])",
+        checks(check_products, on="reference"),
+    ),
+    "scales_of_the_input_ignored": Bug("left.dequantized(wide) @", "left.values.to(wide) @",
+                                       checks(check_products, on="reference")),
+    "tiles_not_transposed": Bug("tl.trans(tile)", "tile", checks(check_transposed, 64, 64)),
+}  # fmt: skip
+
 BUGS = {
     "rms_norm": RMS_NORM, "rope": ROPE, "glu": GLU, "nf4": NF4, "lora": LORA, "linear_cross_entropy": LOSS,
-    "attention": ATTENTION, "decoder_layer": LAYER, "kept_weights": KEPT_WEIGHTS,
+    "attention": ATTENTION, "decoder_layer": LAYER, "kept_weights": KEPT_WEIGHTS, "fp8": FP8,
 }  # fmt: skip
 
 

@@ -259,7 +259,7 @@ def test_layers_beyond_the_plan_are_freed(messages):
     kept = [keeper.of_layer(index, cpu) for index in range(4)]
     assert None not in kept
     for each in kept:
-        each.form("qkv").store([], (), torch.empty(0), 2)
+        each.form("qkv").store([], (), torch.empty(2, dtype=torch.uint8))
     keeper.allow(5, 2, cpu, "a longer batch")
     assert [keeper.of_layer(index, cpu) for index in range(4)] == [None, None, *kept[2:]]
     assert keeper.nbytes == 4 and kept[0].nbytes == 0 and "of 2 layers" in messages()

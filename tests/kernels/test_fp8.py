@@ -1,0 +1,250 @@
+"""FP8 products of frozen weights: the bits of the quantisation, the error of the products, and what they leave alone.
+
+The error allowed is derived. A value that e4m3 holds as a normal number is off by at most 2^-4 of itself, a smaller one
+by half a step of 2^-9 times its row's scale. For normal numbers that is 2.2 % to 2.7 % in the L2 norm, by where their
+spread falls among the powers of two, and sqrt(2) times as much of a product of two such matrices.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastllm.kernels.fp8 import (
+    Fp8Matrix,
+    fp8_input_grad,
+    fp8_linear,
+    quantize_rows,
+    scaled_matmul,
+    scaled_matmul_reference,
+    transposed,
+)
+from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
+from fastllm.kernels.projections import fp8_obstacle
+
+from .parity import OverLimit, Setting
+from .quantized import quantize
+
+# rel_l2 of one rounding to e4m3, and of a product of two rounded matrices: theory and a tenth, for chance.
+ONE_ROUNDING, PRODUCT = 0.029, 0.042
+EVERY_VALUE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+def rows_of_all_kinds(setting: Setting, columns: int = 100) -> torch.Tensor:
+    """Rows of several magnitudes, one of zeros, one of ties, one that reaches into the small steps."""
+    x = setting.randn(6, columns) * torch.tensor([1e-3, 1, 200, 0, 1, 1], device=setting.device)[:, None].to(
+        setting.dtype
+    )
+    x[4] = (torch.arange(columns, device=setting.device) / 16).to(setting.dtype)
+    x[4, 0] = 448
+    x[5] = x[5] * torch.logspace(-20, 0, columns, 2, device=setting.device).to(setting.dtype)
+    return x
+
+
+def nearest(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Each value's nearest of all that e4m3 has, the even one where two are as near; float64."""
+    table = EVERY_VALUE[:127].float().double().to(x.device)  # the last one is NaN
+    magnitude = (x.double() / scales.double()[:, None]).abs()
+    distance = (magnitude[..., None] - table).abs()
+    best = distance.amin(-1, keepdim=True)
+    candidates = (distance == best).long()
+    even = torch.arange(127, device=x.device) % 2 == 0
+    index = (candidates * (1 + even.long())).argmax(-1)
+    return table[index] * x.double().sign() * scales.double()[:, None]
+
+
+def check_quantize(setting: Setting, x: torch.Tensor | None = None, factors: torch.Tensor | None = None) -> Fp8Matrix:
+    """Every value is the nearest, under the least power of two that lets the row's largest in."""
+    x = rows_of_all_kinds(setting) if x is None else x
+    with setting.active():
+        found = quantize_rows(x, factors=factors)
+    exact = x.double() if factors is None else x.double() * factors.double()
+    largest = exact.abs().amax(1)
+    expected = torch.where(largest == 0, 1.0, 2.0 ** torch.ceil(torch.log2(largest / 448)))
+    if not found.scales.double().equal(expected):
+        raise OverLimit(f"scales {found.scales}, expected {expected}")
+    different = found.dequantized(torch.float64).ne(nearest(exact, expected)).sum().item()
+    if different:
+        raise OverLimit(f"{different} values are not the nearest")
+    return found
+
+
+@pytest.mark.parametrize("columns", [1, 16, 100, 515])
+def test_every_value_is_the_nearest(setting, columns):
+    x = rows_of_all_kinds(setting, 515)
+    check_quantize(setting, x[:, :columns].contiguous())
+
+
+def test_strided_rows_and_columns(setting):
+    x = rows_of_all_kinds(setting, 64)
+    check_quantize(setting, x[::2, 3:50])
+    check_quantize(setting, x.t().contiguous().t())
+
+
+def check_factors(setting: Setting) -> None:
+    factors = torch.tensor([0.25, 1.0, 8.0, 2.0**-10], device=setting.device).repeat(25)
+    check_quantize(setting, factors=factors)
+
+
+def test_factors_of_the_columns(setting):
+    check_factors(setting)
+
+
+def test_into_rows_of_a_larger_matrix(setting):
+    x = rows_of_all_kinds(setting)
+    with setting.active():
+        whole = Fp8Matrix.empty(10, 100, setting.device)
+        quantize_rows(x, out=whole.rows(slice(2, 8)))
+        alone = quantize_rows(x)
+    assert whole.values[2:8].view(torch.uint8).equal(alone.values.view(torch.uint8))
+    assert whole.scales[2:8].equal(alone.scales)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_visible(setting, bad):
+    x = rows_of_all_kinds(setting)
+    x[1, 7] = bad
+    with setting.active():
+        found = quantize_rows(x).dequantized(torch.float32)
+    assert found[1].isnan().all() and found[[0, 2, 3, 4, 5]].isfinite().all()
+
+
+def test_no_rows(setting):
+    with setting.active():
+        assert quantize_rows(setting.randn(0, 32)).values.shape == (0, 32)
+        assert fp8_linear(setting.randn(0, 32), quantize_rows(setting.randn(16, 32))).shape == (0, 16)
+
+
+def check_transposed(setting: Setting, rows: int, columns: int) -> None:
+    values = setting.integers(0, 255, rows, columns).to(torch.uint8)
+    with setting.active():
+        found = transposed(values.view(torch.float8_e4m3fn))
+    if not (found.is_contiguous() and found.view(torch.uint8).equal(values.t())):
+        raise OverLimit("not the transpose")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (16, 144), (130, 67)], ids=str)
+def test_transposed(fp32, shape):
+    check_transposed(fp32, *shape)
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+def check_products(setting: Setting, rows: int = 67, columns: int = 192, width: int = 128) -> None:
+    """X W^T and dY W against float64, in the norm and element by element. Channels and tokens differ in size."""
+    channels = 2.0 ** setting.integers(-3, 4, columns).float()
+    weight = setting.randn(columns, width, dtype=torch.float32) * channels[:, None]
+    tokens = 2.0 ** setting.integers(-3, 4, rows).float()
+    x = (setting.randn(rows, width, dtype=torch.float32) * tokens[:, None]).to(setting.dtype)
+    dy = setting.randn(rows, columns)
+    with setting.active():
+        quantized = quantize_rows(weight.to(setting.dtype))
+        y, dx = fp8_linear(x, quantized), fp8_input_grad(dy, quantized)
+    wide = weight.to(setting.dtype).double()
+    for name, value, left, right in (("y", y, x.double(), wide.t()), ("dx", dx, dy.double(), wide)):
+        truth = left @ right
+        if not relative(value, truth) <= PRODUCT:
+            raise OverLimit(f"{name}: {relative(value, truth):.4f} > {PRODUCT}")
+        small = 2.0**-17  # half a step, as a part of the row's largest, for what lies below the normal numbers
+        bound = (left.abs() * (1 + 2**-4) + small * left.abs().amax(1, keepdim=True)) @ (right.abs() * (1 + 2**-4))
+        bound -= left.abs() @ right.abs()
+        if name == "y" and not ((value.double() - truth).abs() <= bound + 2**-8 * truth.abs()).all():
+            raise OverLimit(f"{name}: an element is off by more than its terms allow")
+    # The gradient is that of the weights that the forward multiplied with: only dY's rounding is left.
+    used = dy.double() @ quantized.dequantized(torch.float64)
+    if not relative(dx, used) <= ONE_ROUNDING:
+        raise OverLimit(f"dx: {relative(dx, used):.4f} from the gradient of the forward's weights")
+
+
+def test_products(setting):
+    check_products(setting)
+
+
+def test_gradients_want_e4m3_rather_than_e5m2():
+    """Rows of a heavy-tailed gradient, spread over six decades: the finer step counts for more than the range."""
+    generator = torch.Generator().manual_seed(0)
+    dy = torch.randn(256, 512, generator=generator) * torch.randn(256, 512, generator=generator).exp()
+    dy *= 10 ** (6 * torch.rand(256, 1, generator=generator) - 6)
+    e5m2_scales = dy.abs().amax(1, keepdim=True) / 57344
+    e5m2 = (dy / e5m2_scales).to(torch.float8_e5m2).float() * e5m2_scales
+    e4m3 = quantize_rows(dy).dequantized(torch.float32)
+    assert relative(e4m3, dy.double()) < 0.028 < 0.045 < relative(e5m2, dy.double())
+
+
+# Groups with LoRA
+
+
+def group_of(setting: Setting, weights: str, *, is_fp8: bool = True, dropout: float = 0.0) -> ProjectionGroup:
+    setting.generator.manual_seed(1)
+    projections = []
+    for rows in (32, 48):
+        weight = setting.randn(rows, 128, scale=128**-0.5, dtype=torch.float32)
+        a, b = setting.randn(5, 128, scale=128**-0.5, dtype=torch.float32), setting.randn(rows, 5, dtype=torch.float32)
+        projections.append(
+            Projection(
+                quantize(weight)[0] if weights == "nf4" else weight.to(setting.dtype),
+                setting.randn(rows), a.requires_grad_(), b.requires_grad_(), 0.5, dropout,
+            )
+        )  # fmt: skip
+    return ProjectionGroup(projections, is_fp8=is_fp8)
+
+
+def run_group(setting: Setting, group: ProjectionGroup, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients."""
+    torch.manual_seed(3)
+    x = x.detach().requires_grad_()
+    trained = {f"{name}{i}": getattr(p, name) for i, p in enumerate(group.projections) for name in ("lora_a", "lora_b")}
+    with setting.active():
+        y = project_group(x, group)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y))
+    found = {"y": y.detach(), "x": x.grad, **{name: t.grad for name, t in trained.items()}}
+    for tensor in trained.values():
+        tensor.grad = None
+    return found
+
+
+def check_group(setting: Setting, weights: str, dropout: float = 0.0) -> None:
+    """Beside the same group without FP8: the products differ as FP8 does, the gradients of LoRA not at all."""
+    x = setting.randn(3, 9, 128)
+    fp8 = run_group(setting, group_of(setting, weights, dropout=dropout), x)
+    plain = run_group(setting, group_of(setting, weights, is_fp8=False, dropout=dropout), x)
+    for name, value in fp8.items():
+        error = relative(value, plain[name].double())
+        limit = PRODUCT if name in ("y", "x") else 4 * torch.finfo(setting.dtype).eps
+        if not error <= limit:
+            raise OverLimit(f"{name}: {error:.2e} > {limit:.2e}")
+    if not all(relative(fp8[name], plain[name].double()) > 1e-3 for name in ("y", "x")):
+        raise OverLimit("the products are not in FP8")
+
+
+@pytest.mark.usefixtures("narrow_extension")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("weights", ["nf4", "dense"])
+def test_group(setting, weights, dropout):
+    check_group(setting, weights, dropout)
+
+
+def test_obstacles():
+    frozen = Projection(torch.zeros(16, 32))
+    assert fp8_obstacle([frozen]) is None
+    assert "multiple of 16" in str(fp8_obstacle([frozen, Projection(torch.zeros(24, 32))]))
+    assert "trained" in str(fp8_obstacle([dataclasses.replace(frozen, weight=torch.zeros(16, 32).requires_grad_())]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fast_accumulation", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (67, 48, 128), (300, 4096, 1024)], ids=str)
+def test_the_product_of_a_gpu_is_the_reference(shape, fast_accumulation):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no FP8 products")
+    rows, columns, width = shape
+    setting = Setting("triton", torch.bfloat16, torch.device("cuda"))
+    left, right = quantize_rows(setting.randn(rows, width)), quantize_rows(setting.randn(columns, width))
+    truth = scaled_matmul_reference(left, right, torch.float64)
+    found = scaled_matmul(left, right, torch.bfloat16, fast_accumulation=fast_accumulation)
+    assert relative(found, truth) < (4e-3 if fast_accumulation else 2e-3)
+    out = torch.empty_like(found)
+    assert scaled_matmul(left, right, torch.bfloat16, out=out, fast_accumulation=fast_accumulation) is out
+    assert out.equal(found)
