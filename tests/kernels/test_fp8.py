@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 
+from fastllm.kernels.decoder_layer import DecoderLayer, Keep, decoder_layer
 from fastllm.kernels.fp8 import (
     Fp8Matrix,
     fp8_input_grad,
@@ -19,11 +20,13 @@ from fastllm.kernels.fp8 import (
     scaled_matmul_reference,
     transposed,
 )
+from fastllm.kernels.kept_weights import KeptWeights
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
 from fastllm.kernels.projections import fp8_obstacle
 
 from .parity import OverLimit, Setting
 from .quantized import quantize
+from .test_decoder_layer import Spec, call_of, layer_of, parameters_of
 
 # rel_l2 of one rounding to e4m3, and of a product of two rounded matrices: theory and a tenth, for chance.
 ONE_ROUNDING, PRODUCT = 0.029, 0.042
@@ -231,6 +234,59 @@ def test_obstacles():
     assert fp8_obstacle([frozen]) is None
     assert "multiple of 16" in str(fp8_obstacle([frozen, Projection(torch.zeros(24, 32))]))
     assert "trained" in str(fp8_obstacle([dataclasses.replace(frozen, weight=torch.zeros(16, 32).requires_grad_())]))
+
+
+def fp8_layer(setting: Setting, spec: Spec, *, is_fp8: bool) -> tuple[DecoderLayer, torch.Tensor, list[torch.Tensor]]:
+    """(layer, x, trained tensors), the same numbers each time."""
+    setting.generator.manual_seed(2)
+    tensors = parameters_of(setting, spec)
+    quantized = {name: quantize(t.float())[0] for name, t in tensors.items() if name.endswith("weight")}
+    layer = layer_of(spec, tensors | quantized)
+    changed = {
+        name: ProjectionGroup(getattr(layer, name).projections, is_fp8=is_fp8)
+        for name in ("qkv", "output", "gate_up", "down")
+    }
+    x = setting.randn(spec.batch, spec.length, spec.width).requires_grad_()
+    return (
+        dataclasses.replace(layer, **changed),
+        x,
+        [t.requires_grad_() for name, t in tensors.items() if "lora" in name],
+    )
+
+
+def run_layer(setting: Setting, spec: Spec, *, is_fp8: bool = True, **changes) -> list[torch.Tensor]:
+    """y and every gradient."""
+    layer, x, trained = fp8_layer(setting, spec, is_fp8=is_fp8)
+    with setting.active():
+        y = decoder_layer(x, layer, call_of(setting, spec, **changes))
+        y.backward(setting.randn(*y.shape))
+    return [y.detach(), x.grad, *(t.grad for t in trained)]
+
+
+LAYER = Spec(has_head_norms=True, has_bias=True)
+
+
+@pytest.fixture
+def reference(device: torch.device) -> Setting:
+    """The kernels' own bits are settled above; interpreted, a layer of them takes long."""
+    return Setting("triton" if device.type == "cuda" else "reference", torch.float32, device)
+
+
+@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.OFFLOADED_INPUT])
+def test_a_layer_gives_the_same_bits_however_it_keeps(reference, keep):
+    expected, kept = run_layer(reference, LAYER), KeptWeights()
+    assert all(map(torch.equal, run_layer(reference, LAYER, keep=keep), expected))
+    for _ in range(2):
+        assert all(map(torch.equal, run_layer(reference, LAYER, keep=keep, kept_weights=kept), expected))
+    layer, _, _ = fp8_layer(reference, LAYER, is_fp8=True)
+    assert kept.nbytes == sum(group.kept_bytes(reference.dtype) for group in layer.groups())
+
+
+def test_a_layer_beside_one_in_16_bit(reference):
+    """Eight products on a gradient's way, and what attention and norms make of their errors."""
+    fp8, plain = run_layer(reference, LAYER), run_layer(reference, LAYER, is_fp8=False)
+    errors = [relative(value, truth.double()) for value, truth in zip(fp8, plain, strict=True)]
+    assert 1e-3 < errors[0] < 2 * PRODUCT and 1e-3 < max(errors[1:]) < 5 * PRODUCT
 
 
 @pytest.mark.gpu
