@@ -98,7 +98,7 @@ def fp8_input_grad(dy: torch.Tensor, weight: Fp8Matrix) -> torch.Tensor:
     """dY W [T, K] of `dy [T, N]` and `weight [N, K]`."""
     folded = quantize_rows(dy, factors=weight.scales)
     ones = torch.ones(weight.values.shape[1], dtype=torch.float32, device=dy.device)
-    return scaled_matmul(folded, Fp8Matrix(transposed(weight.values), ones), dy.dtype)
+    return scaled_matmul(folded, Fp8Matrix(transposed_values(weight), ones), dy.dtype)
 
 
 def scaled_matmul(
@@ -129,11 +129,12 @@ def scaled_matmul_reference(left: Fp8Matrix, right: Fp8Matrix, dtype: torch.dtyp
     return (left.dequantized(wide) @ right.dequantized(wide).t()).to(dtype)
 
 
-def transposed(values: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy [C, R] of the transpose of FP8 `values [R, C]`: tensor cores read FP8 along the inner
+def transposed_values(matrix: Fp8Matrix) -> torch.Tensor:
+    """A contiguous copy [C, R] of the transpose of a matrix's values [R, C]: tensor cores read FP8 along the inner
     dimension only."""
+    values = matrix.values
     rows, columns = values.shape
-    if not (values.is_cuda or use_triton(values.new_empty(0, dtype=torch.float32))) or values.numel() == 0:
+    if not use_triton(matrix.scales) or values.numel() == 0:
         return values.view(torch.uint8).t().contiguous().view(DTYPE)
     out = torch.empty(columns, rows, dtype=torch.uint8, device=values.device)
     grid = (triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE))

@@ -35,7 +35,7 @@ DEFAULT_LENGTH = DefaultLength(2048)
 _HEAD_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 # Arguments of features that are not here yet: name -> (value that asks for nothing, what it would do).
 _LATER = {
-    "load_in_fp8": (False, "FP8 weights"),
+    "load_in_fp8": (False, "weights stored in FP8 (fp8_compute=True multiplies in FP8)"),
     "fast_inference": (False, "generation through vLLM"),
     "qat_scheme": (None, "quantization-aware training"),
     "offload_embedding": (False, "an embedding in host memory"),

@@ -25,7 +25,7 @@ import fastllm.kernels
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
-from fastllm.kernels.fp8 import quantize_rows, transposed
+from fastllm.kernels.fp8 import quantize_rows, transposed_values
 from fastllm.kernels.glu import ACTIVATIONS, glu, glu_backward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
@@ -78,7 +78,7 @@ def launches(dtype: torch.dtype) -> None:
         dequantize_nf4(quantized(256, 4096, is_nested=is_nested), dtype)
     for columns in (1024, 4096, 14336, 28672):  # widths of projections, alone and joined
         quantize_rows(new(ROWS, columns))
-        transposed(quantize_rows(new(ROWS, columns), factors=torch.ones(columns)).values)
+        transposed_values(quantize_rows(new(ROWS, columns), factors=torch.ones(columns)))
     x = new(ROWS, 4096)
     for count in (1, 2, 3):
         projections = [Projection(new(256, 4096), None, new(16, 4096), new(256, 16), 2.0) for _ in range(count)]

@@ -12,13 +12,14 @@ import torch
 
 from fastllm.kernels.decoder_layer import DecoderLayer, Keep, decoder_layer
 from fastllm.kernels.fp8 import (
+    CAPABILITY,
     Fp8Matrix,
     fp8_input_grad,
     fp8_linear,
     quantize_rows,
     scaled_matmul,
     scaled_matmul_reference,
-    transposed,
+    transposed_values,
 )
 from fastllm.kernels.kept_weights import KeptWeights
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
@@ -28,6 +29,10 @@ from .parity import OverLimit, Setting
 from .quantized import quantize
 from .test_decoder_layer import Spec, call_of, layer_of, parameters_of
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY,
+    reason="this GPU has no FP8 products",
+)
 # rel_l2 of one rounding to e4m3, and of a product of two rounded matrices: theory and a tenth, for chance.
 ONE_ROUNDING, PRODUCT = 0.029, 0.042
 EVERY_VALUE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -121,7 +126,7 @@ def test_no_rows(setting):
 def check_transposed(setting: Setting, rows: int, columns: int) -> None:
     values = setting.integers(0, 255, rows, columns).to(torch.uint8)
     with setting.active():
-        found = transposed(values.view(torch.float8_e4m3fn))
+        found = transposed_values(Fp8Matrix(values.view(torch.float8_e4m3fn), torch.ones(rows, device=values.device)))
     if not (found.is_contiguous() and found.view(torch.uint8).equal(values.t())):
         raise OverLimit("not the transpose")
 
@@ -293,8 +298,6 @@ def test_a_layer_beside_one_in_16_bit(reference):
 @pytest.mark.parametrize("fast_accumulation", [False, True])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (67, 48, 128), (300, 4096, 1024)], ids=str)
 def test_the_product_of_a_gpu_is_the_reference(shape, fast_accumulation):
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no FP8 products")
     rows, columns, width = shape
     setting = Setting("triton", torch.bfloat16, torch.device("cuda"))
     left, right = quantize_rows(setting.randn(rows, width)), quantize_rows(setting.randn(columns, width))

@@ -6,6 +6,7 @@ import torch
 from ..kernels.parity import OverLimit
 from ..planting import Bug, plant
 from .families import FAMILIES, batch, build, fast_copy, with_lora
+from .test_fp8_compute import check_trained_weight
 from .test_parity import check_same_step, left_padded, packed
 from .test_weight_keeping import check_exchanged_state
 
@@ -61,6 +62,9 @@ LORA_VIEW = {
     ),
     "exchanged_statistics_ignored": Bug(
         'getattr(quantization, "absmax", None),', "None,", check_exchanged_state
+    ),
+    "trained_weight_in_fp8": Bug(
+        "weight is not None and weight.requires_grad,", "None,", check_trained_weight
     ),
     "bias_ignored": Bug("return Projection(weight, bias)", "return Projection(weight)", checks("qwen2")),
 }  # fmt: skip
