@@ -93,10 +93,10 @@ def layer_norm_backward(
     if not use_triton(x):
         wide = torch.promote_types(x.dtype, torch.float32)
         inputs = (x.to(wide), weight.to(wide), torch.zeros_like(weight, dtype=wide))
-        grad_x, *grads = vjp(lambda *given: layer_norm_reference(*given, eps), inputs, dy.to(wide))
+        grad_x, dw, db = vjp(lambda *given: layer_norm_reference(*given, eps), inputs, dy.to(wide))
         assert grad_x is not None
         dx.copy_(grad_x if residual_grad is None else grad_x + residual_grad)
-        return (dx, *grads) if needs_parameter_grads else (dx, None, None)
+        return (dx, dw, db) if needs_parameter_grads else (dx, None, None)
     block, rows_per_program, num_warps = _tile(width)
     programs = -(-rows // rows_per_program)
     if needs_parameter_grads:  # each program walks over many rows and keeps its share of dw and db in registers

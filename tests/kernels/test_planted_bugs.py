@@ -17,7 +17,7 @@ from ..planting import Bug, plant
 from .parity import OverLimit, Setting
 from .test_activation import check_activation
 from .test_activation import check_overlay as check_activation_overlay
-from .test_attention import check_two_functions, check_under_autograd, masks
+from .test_attention import check_narrowed, check_two_functions, check_under_autograd, masks
 from .test_decoder_layer import SPECS, Spec, check_keep_modes, check_layer
 from .test_glu import check_glu, check_overlay
 from .test_layer_norm import check_add_and_norm as check_add_and_layer_norm
@@ -317,10 +317,19 @@ ATTENTION = {
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "not_causal": Bug(
-        "is_causal=mask is None", "is_causal=False", checks(check_two_functions, "plain", None, on="auto")
+        "is_causal=mask is None and case.causal", "is_causal=False",
+        checks(check_two_functions, "plain", None, on="auto"),
+    ),
+    "always_causal": Bug(
+        "is_causal=mask is None and case.causal", "is_causal=mask is None",
+        checks(check_two_functions, "plain", None, causal=False, on="auto"),
+    ),
+    "documents_joined": Bug(
+        "torch.cat([_differentiable(whole)(*part) for part in parts], dim=2)", "_differentiable(whole)(q, k, v)",
+        checks(check_narrowed, "segments", "autograd", on="auto"),
     ),
     "default_scale": Bug(
-        "is_causal=mask is None, scale=case.scaling,", "is_causal=mask is None,",
+        "case.causal, scale=case.scaling,\n            enable_gqa", "case.causal,\n            enable_gqa",
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "key_heads_in_the_wrong_order": Bug(
