@@ -28,6 +28,11 @@ _FORWARD = {
     2: {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
     4: {64: (32, 32, 8, 1), 128: (16, 32, 4, 1)},
 }
+# Queries that see both ways hold the end of their keys as well.
+_FORWARD_BOTH_WAYS = {
+    2: {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    4: _FORWARD[4],
+}
 _BACKWARD = {
     2: {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
     4: {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
@@ -60,7 +65,7 @@ def flash_attention_forward(
     out = torch.empty(batch, length, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
     starts, ends = (lse, lse) if documents is None else documents.bounds
-    tile = _tile(_FORWARD[q.dtype.itemsize], width)
+    tile = _tile((_FORWARD if causal else _FORWARD_BOTH_WAYS)[q.dtype.itemsize], width)
     with launch_on(q):
         _flash_fwd_kernel[(triton.cdiv(length, tile["BLOCK_M"]), batch * heads)](
             q, k, v, out, lse, starts, ends, *_strides(q, k, v, out), heads, heads // k.shape[1], length, width,
@@ -169,6 +174,15 @@ def _keys_seen_by(
 
 
 @jit
+def _is_seen(keys, queries, first, end, CAUSAL: tl.constexpr):
+    """Whether each query of a tile sees each key, given its `first` key and the `end` of its keys. A causal tile has
+    that end in its queries, which takes no registers."""
+    if CAUSAL:
+        return (keys <= queries) & (keys >= first)
+    return (keys < end) & (keys >= first)
+
+
+@jit
 def _queries_that_see(
     keys, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS: tl.constexpr, CAUSAL: tl.constexpr
 ):
@@ -217,12 +231,14 @@ def _flash_fwd_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for key in range(tl.min(first, axis=0) // BLOCK_N * BLOCK_N, tl.max(end, axis=0), BLOCK_N):
+    start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
+    stop = tl.minimum(block * BLOCK_M + BLOCK_M, length) if CAUSAL else tl.max(end, axis=0)
+    for key in range(start, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
         scores = _in_base_2(_capped(scores, softcap, HAS_CAP))
-        seen = (keys[None, :] < end[:, None]) & (keys[None, :] >= first[:, None])
+        seen = _is_seen(keys[None, :], queries[:, None], first[:, None], end[:, None], CAUSAL)
         scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         reached = tl.where(larger == float("-inf"), 0.0, larger)  # no key of this row yet
@@ -266,12 +282,14 @@ def _flash_bwd_q_kernel(
     tl.store(delta_ptr + statistics, delta, mask=live)
     lse = tl.load(lse_ptr + statistics, mask=live, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for key in range(tl.min(first, axis=0) // BLOCK_N * BLOCK_N, tl.max(end, axis=0), BLOCK_N):
+    start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
+    stop = tl.minimum(block * BLOCK_M + BLOCK_M, length) if CAUSAL else tl.max(end, axis=0)
+    for key in range(start, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
         v = _load_tile(v_ptr, key, v_row, length, width, BLOCK_N, BLOCK_E)
         capped = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling, softcap, HAS_CAP)
-        seen = (keys[None, :] < end[:, None]) & (keys[None, :] >= first[:, None])
+        seen = _is_seen(keys[None, :], queries[:, None], first[:, None], end[:, None], CAUSAL)
         p = tl.exp2(tl.where(seen, _in_base_2(capped) - lse[:, None], float("-inf")))
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if HAS_CAP:

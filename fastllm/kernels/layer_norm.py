@@ -55,8 +55,9 @@ def layer_norm_forward(
     if not use_triton(x):
         total = x if residual is None else x + residual
         y.copy_(layer_norm_reference(total, weight, bias, eps, out_dtype=y.dtype))
-        variance, mean = torch.var_mean(total.to(torch.promote_types(x.dtype, torch.float32)), -1, correction=0)
-        return y, total, mean, torch.rsqrt(variance + eps)
+        wide = total.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide.mean(-1)
+        return y, total, mean, torch.rsqrt((wide - mean[:, None]).square().mean(-1) + eps)
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     added = x if residual is None else residual
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -93,7 +94,7 @@ def layer_norm_backward(
     if not use_triton(x):
         wide = torch.promote_types(x.dtype, torch.float32)
         inputs = (x.to(wide), weight.to(wide), torch.zeros_like(weight, dtype=wide))
-        grad_x, dw, db = vjp(lambda *given: layer_norm_reference(*given, eps), inputs, dy.to(wide))
+        grad_x, dw, db = vjp(lambda a, w, b: layer_norm_reference(a, w, b, eps), inputs, dy.to(wide))
         assert grad_x is not None
         dx.copy_(grad_x if residual_grad is None else grad_x + residual_grad)
         return (dx, dw, db) if needs_parameter_grads else (dx, None, None)

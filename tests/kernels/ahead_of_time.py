@@ -105,7 +105,7 @@ def attention_launches(dtype: torch.dtype) -> None:
         q, k, v = (torch.randn(1, ROWS, heads, width, dtype=dtype).transpose(1, 2) for heads in (8, 2, 2))
         out, lse = flash_attention_forward(q, k, v, scaling=0.1, **everything)
         flash_attention_backward(out, out, lse, q, k, v, scaling=0.1, **everything)
-    images = {"documents": documents, "softcap": 50.0, "causal": False}
+    images = {"documents": documents, "causal": False}
     for width in (64, 128):  # of vision towers
         q, k, v = (torch.randn(1, ROWS, 2, width, dtype=dtype).transpose(1, 2) for _ in range(3))
         out, lse = flash_attention_forward(q, k, v, scaling=0.1, **images)
