@@ -75,6 +75,7 @@ def activation_backward(
 
 
 def require_known(name: str) -> None:
+    """Raise a ValueError for a name that is not of `ACTIVATIONS`."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 

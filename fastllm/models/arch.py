@@ -29,6 +29,7 @@ class Arch:
     model_type: str
     classes: Mapping[type, type]
     layers: str = "model.layers"
+    vision_blocks: str = ""  # where the blocks of a vision tower with fast classes are
 
     def __post_init__(self) -> None:
         for original, fast in self.classes.items():

@@ -40,12 +40,14 @@ from .packed_rows import keep_documents_apart, mask_of_documents, window_of
 
 Forward = Callable[..., Any]
 
-_ACTIVATIONS = {
+# config.hidden_act -> name in fastllm.kernels.activation
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
 }
 # What transformers passes down to attention functions and fastllm's own dispatch serves or may ignore.
 _IGNORABLE = frozenset(
@@ -71,7 +73,7 @@ def mlp_forward(otherwise: Forward) -> Forward:
             return otherwise(self, x)
         gate_up, down = groups
         gate, up = project_group(x, gate_up).split([p.out_features for p in gate_up.projections], dim=-1)
-        return project_group(glu(gate, up, _ACTIVATIONS[self.config.hidden_act]), down)
+        return project_group(glu(gate, up, ACTIVATIONS[self.config.hidden_act]), down)
 
     return forward
 
@@ -240,7 +242,7 @@ def decoder_classes(
         **subclass(
             "DecoderLayer",
             forward=decoder_layer_forward(own_forward("DecoderLayer")),
-            gradient_checkpointing=property(lambda self: False, _checkpointing_requested),
+            gradient_checkpointing=property(lambda self: False, checkpointing_requested),
         ),
         **subclass("ForCausalLM", ModelMethods, forward=causal_lm_forward(own_forward("ForCausalLM"))),
     }
@@ -401,7 +403,7 @@ def _is_right_padding(mask: torch.Tensor | None, aligned_labels: torch.Tensor) -
     return bool(ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any())
 
 
-def _checkpointing_requested(layer: Any, value: bool) -> None:
+def checkpointing_requested(layer: Any, value: bool) -> None:
     """A trainer switches transformers' checkpointing: fused layers follow the model's own setting instead."""
     planner = layer.__dict__.get(PLANNER)
     if planner is not None and bool(value) != (planner.setting is not False):
@@ -417,7 +419,7 @@ def _norm(module: Any) -> Norm:
 
 
 def _activation(mlp: Any) -> str | None:
-    return _ACTIVATIONS.get(mlp.config.hidden_act)
+    return ACTIVATIONS.get(mlp.config.hidden_act)
 
 
 def _bind(function: Forward, module: Any, **kwargs: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -16,11 +16,14 @@ from .._errors import ArgumentError
 from .._notices import notice
 from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.decoder_layer import DecoderLayer, Keep
+from ..kernels.vision_block import VisionBlock
 
 GIB = 2**30
 # Part of the free memory that is left alone: fragmentation, cuBLAS workspaces, what other code allocates.
 _MARGIN = 0.06
 _MARGIN_BYTES = GIB // 2
+# Plans are made anew for each step of what the tower holds; the margin covers a step.
+_TOWER_STEP = GIB // 4
 # cuDNN compiles a plan for each new shape (0.1 s on an H200); it pays once this much attention, in queries times keys,
 # has been computed at that shape.
 _CUDNN_AFTER_SCORES = 2**26
@@ -47,14 +50,16 @@ class ActivationPlanner:
 
     `setting` is `False` (keep everything), `True` (recompute everything from each layer's input), `"offload"` (the same
     with the inputs in host memory: the least device memory) or `"fastllm"` (planned). `reserved_bytes` is memory that
-    training will take later: gradients and optimiser states.
+    training will take later: gradients and optimiser states. `tower_bytes` is what the vision tower, which runs first,
+    keeps of the present batch: a plan holds for batches that leave as much.
     """
 
     def __init__(self, num_layers: int, setting: bool | str = "fastllm") -> None:
         self.num_layers = num_layers
         self.setting = checkpointing_setting(setting)
         self.reserved_bytes = 0
-        self._plans: dict[int, list[Keep]] = {}
+        self.tower_bytes = 0
+        self._plans: dict[tuple[int, int], list[Keep]] = {}
         self._plan: list[Keep] = []
         self._told = ""
         self._offload = HostOffload()
@@ -100,9 +105,10 @@ class ActivationPlanner:
         self._forwards_of_shape[self._shape] = self._forwards_of_shape.get(self._shape, 0) + 1
         tokens = x.shape[0] * x.shape[1]
         bucket = -(-tokens // 1024) * 1024
-        if bucket not in self._plans:
-            self._plans[bucket] = self._make_plan(layer, bucket, x.device, x.dtype)
-        self._plan = self._plans[bucket]
+        beside, self.tower_bytes = -(-self.tower_bytes // _TOWER_STEP), 0
+        if (bucket, beside) not in self._plans:
+            self._plans[bucket, beside] = self._make_plan(layer, bucket, x.device, x.dtype)
+        self._plan = self._plans[bucket, beside]
 
     def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:
         count = self.num_layers
@@ -167,6 +173,14 @@ class LayerBytes:
         """The most that is alive at once besides what the layers keep: a layer's backward, or the head's chunks."""
         head = tokens * 2 * self.layer_input + 3 * 2**28
         return max(tokens * self.backward + self.weights, head)
+
+
+def block_bytes(block: VisionBlock, dtype: torch.dtype) -> int:
+    """Bytes a token that a vision block holds when it keeps its activations."""
+    width, attended = block.down.out_features, block.output.in_features
+    extensions = sum(group.extension for group in block.groups())
+    kept = 2 * width + block.qkv.out_features + attended + block.up.out_features + extensions
+    return dtype.itemsize * kept + 4 * (attended // block.head_dim + 4)
 
 
 @dataclass(slots=True, eq=False)

@@ -17,13 +17,15 @@ from .arch import Arch, get_arch
 from .lora_view import forget_groups
 from .memory import ActivationPlanner
 from .model_methods import PLANNER, ModelMethods
+from .vision_tower import TOWER, attach_tower, fused_block
 
 _ORIGINAL = "_fastllm_original_class"
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One decoder layer: `path` is `fused` (one autograd node), `parts` (fused projections) or `transformers`."""
+    """One decoder layer or vision block: `path` is `fused` (one autograd node), `parts` (fused projections) or
+    `transformers`."""
 
     name: str
     path: str
@@ -39,15 +41,18 @@ class FastReport:
     head: str = ""
     activations: str = ""
     notes: list[str] = field(default_factory=list)
+    vision: list[LayerReport] = field(default_factory=list)
 
     @property
     def num_fused(self) -> int:
-        return sum(layer.path == "fused" for layer in self.layers)
+        return _count_fused(self.layers)
 
     def __str__(self) -> str:
         lines = [f"fastllm report for {self.model_type}: {self.num_fused} of {len(self.layers)} decoder layers fused"]
-        slower = Counter((layer.path, layer.reason) for layer in self.layers if layer.path != "fused")
-        lines += [f"  {count} layers run {path}: {reason}" for (path, reason), count in slower.items()]
+        lines += _slower(self.layers, "layers")
+        if self.vision:
+            lines.append(f"  {_count_fused(self.vision)} of {len(self.vision)} vision blocks fused")
+            lines += _slower(self.vision, "vision blocks")
         lines += [f"  {text}" for text in (self.head, self.activations, *self.notes) if text]
         return "\n".join(lines)
 
@@ -56,6 +61,11 @@ class FastReport:
 
 def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
     return list(model.get_submodule(arch.layers).children())
+
+
+def vision_blocks(model: nn.Module, arch: Arch) -> list[nn.Module]:
+    """The blocks of the vision tower, where it has fast ones."""
+    return list(model.get_submodule(arch.vision_blocks).children()) if arch.vision_blocks else []
 
 
 def adapt(model: nn.Module, arch: Arch | None, planner_setting: bool | str) -> None:
@@ -84,6 +94,7 @@ def adapt(model: nn.Module, arch: Arch | None, planner_setting: bool | str) -> N
     planner = ActivationPlanner(len(layers), planner_setting)
     for module in (model, *layers):
         setattr(module, PLANNER, planner)
+    attach_tower(vision_blocks(model, arch), planner)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -92,13 +103,14 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         original = module.__dict__.pop(_ORIGINAL, None)
         module.__dict__.pop(PLANNER, None)
+        module.__dict__.pop(TOWER, None)
         if original is not None:
             module.__class__ = original
     return model
 
 
 def report(model: Any) -> FastReport:
-    """Which layers of the model run fused, from their present state."""
+    """Which layers and vision blocks of the model run fused, from their present state."""
     from .blocks import attention_groups, fused_layer, head_group, mlp_groups
 
     model = unwrapped(model)
@@ -117,13 +129,20 @@ def report(model: Any) -> FastReport:
             part for part in (attention_groups(layer.self_attn), mlp_groups(layer.mlp)) if not isinstance(part, str)
         ]
         layers.append(LayerReport(name, "parts" if parts else "transformers", fused))
+    vision = []
+    for index, block in enumerate(vision_blocks(model, arch)):
+        fused = fused_block(block)
+        path, reason = ("transformers", fused) if isinstance(fused, str) else ("fused", "")
+        vision.append(LayerReport(f"{arch.vision_blocks}.{index}", path, reason))
+    plain_tower = hasattr(model.config, "vision_config") and not vision
     head = head_group(model)
     return FastReport(
         model_type,
         layers,
         head="head and loss fused" if not isinstance(head, str) else f"loss from full logits: {head}",
         activations=getattr(model, PLANNER).describe(),
-        notes=["the vision tower runs transformers' own forward"] if hasattr(model.config, "vision_config") else [],
+        notes=["the vision tower runs transformers' own forward"] if plain_tower else [],
+        vision=vision,
     )
 
 
@@ -136,6 +155,16 @@ def unwrapped(model: Any) -> Any:
         if inner is None or inner is model:
             return model
         model = inner
+
+
+def _count_fused(layers: list[LayerReport]) -> int:
+    return sum(layer.path == "fused" for layer in layers)
+
+
+def _slower(layers: list[LayerReport], kind: str) -> list[str]:
+    """A line for each reason why some are not fused."""
+    reasons = Counter((layer.path, layer.reason) for layer in layers if layer.path != "fused")
+    return [f"  {count} {kind} run {path}: {reason}" for (path, reason), count in reasons.items()]
 
 
 def _retype(module: nn.Module, fast: type) -> None:

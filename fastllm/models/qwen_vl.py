@@ -1,4 +1,4 @@
-"""What the Qwen-VL families share: a Qwen2 decoder under a head whose loss takes images along."""
+"""What the Qwen-VL families share: a Qwen2 decoder under a head whose loss takes images along, and a fast tower."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from .._compat import composes_angles
 from .arch import Arch
 from .blocks import decoder_classes
+from .vision_tower import vision_classes
 
 
 def qwen_vl_arch(model_type: str, module: Any, prefix: str) -> Arch | None:
@@ -21,4 +22,9 @@ def qwen_vl_arch(model_type: str, module: Any, prefix: str) -> Arch | None:
     fast.forward = functools.wraps(model_class.forward)(fast.forward)
     # The fused loss divides by the tokens of the whole optimiser batch; transformers' is left to average.
     fast.accepts_loss_kwargs = True
-    return Arch(model_type=model_type, classes=classes, layers="model.language_model.layers")
+    return Arch(
+        model_type=model_type,
+        classes=classes | vision_classes(module, f"{prefix}VisionBlock"),
+        layers="model.language_model.layers",
+        vision_blocks="model.visual.blocks",
+    )

@@ -1,6 +1,6 @@
 """Qwen2.5-VL: the decoder of Qwen2 with rotary angles from three positions a token, which reach its layers composed.
 
-The vision tower runs transformers' own forward, except for its norms.
+The blocks of its vision tower have RMSNorm and a gated MLP; most attend inside windows, a few inside whole images.
 """
 
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl

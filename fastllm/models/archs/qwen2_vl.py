@@ -1,6 +1,6 @@
 """Qwen2-VL: the decoder of Qwen2 with rotary angles from three positions a token, which reach its layers composed.
 
-The vision tower runs transformers' own forward.
+The blocks of its vision tower have LayerNorm and an MLP without a gate.
 """
 
 from transformers.models.qwen2_vl import modeling_qwen2_vl
