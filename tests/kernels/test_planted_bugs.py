@@ -27,6 +27,8 @@ from .test_lora import DROPOUT, GROUPS, RANK_STABILIZED, check_group
 from .test_nf4 import check_dequantize
 from .test_rms_norm import check_add_and_norm, check_rms_norm
 from .test_rope import check_rope
+from .test_vision_block import SPECS as BLOCK_SPECS
+from .test_vision_block import check_block, check_recomputation
 
 # Triton's interpreter computes masked lanes too, in numpy.
 pytestmark = [
@@ -63,6 +65,10 @@ def check_masked_attention(setting: Setting) -> None:
 
 def layer(name: str, on: str = "reference", **changes) -> Callable[[torch.device], None]:
     return checks(check_layer, dataclasses.replace(SPECS[name], **changes), on=on)
+
+
+def block(name: str, on: str = "reference", **changes) -> Callable[[torch.device], None]:
+    return checks(check_block, dataclasses.replace(BLOCK_SPECS[name], **changes), on=on)
 
 
 RMS_NORM = {
@@ -377,9 +383,41 @@ LAYER = {
     ),
 }  # fmt: skip
 
+BLOCK = {
+    "residual_of_the_wrong_branch": Bug(".add_(state.middle)", ".add_(state.x)", block("qwen2_vl")),
+    "residual_gradient_dropped": Bug(
+        "needs_norm1, residual_grad=dmiddle", "needs_norm1, residual_grad=torch.zeros_like(dmiddle)",
+        block("qwen2_vl"),
+    ),
+    "rotation_not_undone": Bug(
+        "dq_rows, dk_rows, inverse=True)", "dq_rows, dk_rows)", block("qwen2_vl", on="triton")
+    ),
+    "towers_without_rotation_forgotten": Bug(
+        "        dk_rows.copy_(dk)\n", "", block("siglip", on="triton")
+    ),
+    "stale_gradient_of_v": Bug("    dv_rows.copy_(dv)\n", "", block("qwen2_vl", on="triton")),
+    "queries_and_keys_exchanged": Bug(
+        "q, k, v = (part.transpose", "k, q, v = (part.transpose", block("qwen2_vl")
+    ),
+    "wrong_norm_in_the_backward": Bug(
+        "_normed(block.norm2, state.middle, out=hidden)", "_normed(block.norm1, state.middle, out=hidden)",
+        block("qwen2_vl"),
+    ),
+    "gradients_of_a_norm_exchanged": Bug("zip((dw, db), needs", "zip((db, dw), needs", block("qwen3_vl")),
+    "other_dropout_when_recomputed": Bug(
+        "with replayed(ctx.rng, x.device):", "with replayed(None, x.device):",
+        checks(check_recomputation, dataclasses.replace(BLOCK_SPECS["qwen2_vl"], dropout=0.3), on="reference"),
+    ),
+    "dropout_masks_forgotten_when_recomputed": Bug(
+        "state.down_masks = dropout_masks(block.down, state.up[:, : block.down.in_features])", "pass",
+        block("dropout", recompute=True),
+    ),
+}  # fmt: skip
+
 BUGS = {
     "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "glu": GLU, "nf4": NF4,
     "lora": LORA, "linear_cross_entropy": LOSS, "attention": ATTENTION, "decoder_layer": LAYER,
+    "vision_block": BLOCK,
 }  # fmt: skip
 
 
