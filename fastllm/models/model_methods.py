@@ -17,6 +17,7 @@ TOKENIZER = "_fastllm_tokenizer"
 # On a model without a planner: its `use_gradient_checkpointing`, which transformers' own checkpointing carries out.
 CHECKPOINTING = "_fastllm_checkpointing"
 TRAINED_IN_FULL = "_fastllm_trained_in_full"
+MERGES_MICRO_BATCHES = "_fastllm_merges_micro_batches"
 
 
 class ModelMethods:
