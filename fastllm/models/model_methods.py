@@ -58,6 +58,26 @@ class ModelMethods:
         finally:
             self.train(was_training)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def fast_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate`. Raises `UnsupportedError` for what only vLLM takes: prompts as text, `sampling_params`,
+        `lora_request`."""
+        from .._errors import UnsupportedError
+
+        prompts = [*args[:1], *(kwargs[name] for name in ("prompts", "inputs", "input_ids") if name in kwargs)]
+        texts = any(isinstance(p, str) or (isinstance(p, list) and p and isinstance(p[0], str)) for p in prompts)
+        only_vllm = [name for name in ("sampling_params", "lora_request") if kwargs.get(name) is not None]
+        if texts or only_vllm:
+            raise UnsupportedError(
+                f"{', '.join(only_vllm) or 'a prompt as text'} is for generation through vLLM, which is not part of "
+                "this version", where="fast_generate",
+                fix='model.generate(**tokenizer(text, return_tensors="pt").to(model.device), max_new_tokens=64)',
+            )  # fmt: skip
+        return self.generate(*args, **kwargs)
+
+    def save_lora(self, save_directory: str | os.PathLike[str]) -> Any:
+        """The active adapter as a PEFT folder: `save_pretrained_merged(..., save_method="lora")`."""
+        return self.save_pretrained_merged(save_directory, save_method="lora")
+
     def save_pretrained_merged(
         self,
         save_directory: str | os.PathLike[str],
