@@ -16,6 +16,7 @@ from .._errors import ArgumentError, ModelError, UnsupportedError
 from .._notices import notice, warn
 from ..text.rendering import tokenizer_of
 from .arch import get_arch, supported_model_types
+from .embedding_offload import offload_embedding
 from .memory import checkpointing_setting
 from .model_methods import MERGES_MICRO_BATCHES, PLANNER, TOKENIZER, TRAINED_IN_FULL
 from .modes import checkpoint_blocks
@@ -56,6 +57,7 @@ class LoadRequest:
     patch: bool = True
     strict: bool = False
     merge_micro_batches: bool = True
+    offload_embedding: bool = False
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,6 +103,8 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
     model.max_seq_length = max_seq_length
     if request.full_finetuning:
         _train_everything(model)
+    if request.offload_embedding:
+        offload_embedding(model)
     if source.adapter is not None:
         model = _attach_adapter(model, source.adapter, request)
     notice(_banner(source, precision, device, max_seq_length, time.perf_counter() - started))

@@ -23,6 +23,13 @@ MERGES_MICRO_BATCHES = "_fastllm_merges_micro_batches"
 class ModelMethods:
     """Mixed into the class of a loaded model. Also reached through a `PeftModel`, which passes unknown names on."""
 
+    @property
+    def device(self) -> Any:
+        """Where the model computes; an embedding in host memory does not count."""
+        from .embedding_offload import device_of
+
+        return device_of(self)  # pyright: ignore[reportArgumentType]
+
     def fast_report(self) -> FastReport:
         """Which layers run fused, which do not, and why."""
         from .patch import report
