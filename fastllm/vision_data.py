@@ -1,7 +1,8 @@
 """Batches of conversations with images, for any trainer: `VisionDataCollator`.
 
-Each row goes through the chat template, its images through the processor, and a batch comes out padded on the right.
-Image tokens are never cut: a row that is too long loses text after its last image, or is left out, and it is said.
+Each row goes through the chat template, its images through the processor, and a batch comes out padded on the right, or
+with its rows end to end. Image tokens are never cut: a row that is too long loses text after its last image, or is left
+out, and it is said.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from ._errors import ArgumentError, DataError, FastllmError, UnsupportedError
 from ._notices import notice, warn
@@ -58,6 +60,8 @@ class VisionDataCollator:
             `instruction_part` and `response_part` where both are given. `last_response_only`: on the last one.
         completion_only_loss: loss on the completion of `prompt` and `completion` rows.
         pad_to_multiple_of: of the batch's length.
+        padding_free: lay the rows of a batch end to end in one, with positions that keep them apart, so that no token
+            is padding. For models whose fast layers take such rows.
         ignore_index: the label of what is not trained: padding, image tokens, and what the above leave out.
         num_proc: accepted, and not needed.
 
@@ -82,6 +86,7 @@ class VisionDataCollator:
         resize_dimension: int | str = 0,
         snap_to_patch_size: bool = False,
         last_response_only: bool = False,
+        padding_free: bool = False,
     ) -> None:
         if not hasattr(processor, "image_processor"):
             raise ArgumentError(
@@ -103,6 +108,11 @@ class VisionDataCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.size = ImageSize.of(resize, resize_dimension, _patch(vision) if snap_to_patch_size else 1, vision)
         self.media_ids = _media_ids(processor, model.config)
+        self.padding_free = False
+        self._row_positions = getattr(model, "row_positions", None)
+        self._model_type = getattr(model.config, "model_type", type(model).__name__)
+        if padding_free:
+            self.drop_padding()
         self._dtype = getattr(model, "dtype", torch.float32)
         self._by_markers: Callable[[Any], Any] | None = None
         if train_on_responses_only and (instruction_part is not None or response_part is not None):
@@ -116,6 +126,15 @@ class VisionDataCollator:
         if not self._is_limited:
             self.max_seq_length = max_length
 
+    def drop_padding(self) -> None:
+        """Lay rows end to end from now on. Errors: `UnsupportedError` for a model that could not keep them apart."""
+        if self._row_positions is None:
+            raise UnsupportedError(
+                f"{self._model_type} has no fast layers that keep the rows of a batch apart once they are one",
+                where="padding_free", fix="leave padding_free out: the batch is then padded",
+            )  # fmt: skip
+        self.padding_free = True
+
     @functools.cached_property
     def _finder(self) -> ResponseFinder:
         return ResponseFinder(self._renderer)
@@ -125,7 +144,10 @@ class VisionDataCollator:
         return ChatRenderer(self.processor)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels` [rows, tokens], and what the model takes for its images."""
+        """`input_ids`, `attention_mask`, `labels` [rows, tokens], and what the model takes for its images.
+
+        Padding-free: `input_ids`, `labels` [1, tokens], `position_ids` [.., 1, tokens] instead of `attention_mask`.
+        """
         examples = [self._named(self._example, row, number) for number, row in enumerate(rows)]
         batch = self._processed(examples)
         kept = [index for index, example in enumerate(examples) if self._fits(batch, index, example)]
@@ -144,6 +166,8 @@ class VisionDataCollator:
                 "no token of the batch is trained: its answers are empty or cut off", where=examples[0].name,
                 fix="raise max_seq_length, or look at a row with processor.apply_chat_template",
             )  # fmt: skip
+        if self.padding_free:
+            batch = self._end_to_end(batch)
         return {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
     def _named(self, make: Callable[[Row], Example], row: Row, number: int) -> Example:
@@ -206,7 +230,8 @@ class VisionDataCollator:
     def _processed(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """The processor's batch. Where it fails, the row that it fails for is looked for."""
         images = [example.images for example in examples]
-        options = {} if self.pad_to_multiple_of is None else {"pad_to_multiple_of": self.pad_to_multiple_of}
+        multiple = None if self.padding_free else self.pad_to_multiple_of
+        options = {} if multiple is None else {"pad_to_multiple_of": multiple}
         try:
             batch = self.processor(
                 images=images if all(images) else [image for row in images for image in row] or None,
@@ -265,13 +290,34 @@ class VisionDataCollator:
         return torch.tensor(spread + [False] * (len(ids) - length))
 
     def _cut(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        limit, shape = self.max_seq_length, batch["input_ids"].shape
-        if limit is None or shape[1] <= limit:
+        limit = self.max_seq_length
+        if limit is None or batch["input_ids"].shape[1] <= limit:
             return batch
-        return {
-            name: value[:, :limit] if value.shape[:2] == shape and not value.is_floating_point() else value
-            for name, value in batch.items()
-        }
+        return {**batch, **{name: batch[name][:, :limit] for name in _by_token(batch)}}
+
+    def _end_to_end(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The rows of a padded batch as one, without the padding."""
+        assert self._row_positions is not None
+        shown = batch["attention_mask"] != 0
+        positions = self._row_positions(batch)[:, shown][:, None]
+        batch["labels"][:, 0] = self.ignore_index  # nothing precedes a row's first token
+        flat = {name: batch[name][shown][None] for name in _by_token(batch) if name != "attention_mask"}
+        flat = {**batch, **flat, "position_ids": positions}
+        del flat["attention_mask"]
+        filling = -flat["input_ids"].shape[1] % (self.pad_to_multiple_of or 1)
+        if filling:  # at the end, as a row of its own
+            fill = {"input_ids": self.tokenizer.pad_token_id, "labels": self.ignore_index}
+            for name in [*_by_token(flat)]:
+                flat[name] = F.pad(flat[name], (0, filling), value=fill.get(name, 0))
+            tail = torch.arange(filling).expand(*positions.shape[:-1], -1)
+            flat["position_ids"] = torch.cat([positions, tail], dim=-1)
+        return flat
+
+
+def _by_token(batch: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the values with one entry for each token."""
+    shape = batch["input_ids"].shape
+    return [name for name, value in batch.items() if value.shape[:2] == shape and not value.is_floating_point()]
 
 
 def spread_over_media(

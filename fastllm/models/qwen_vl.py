@@ -8,6 +8,7 @@ from typing import Any
 from .._compat import composes_angles
 from .arch import Arch
 from .blocks import decoder_classes
+from .row_positions import MultimodalPositions
 from .vision_tower import vision_classes
 
 
@@ -22,6 +23,8 @@ def qwen_vl_arch(model_type: str, module: Any, prefix: str) -> Arch | None:
     fast.forward = functools.wraps(model_class.forward)(fast.forward)
     # The fused loss divides by the tokens of the whole optimiser batch; transformers' is left to average.
     fast.accepts_loss_kwargs = True
+    # A collator that lays rows end to end asks for it.
+    fast.row_positions = property(lambda self: MultimodalPositions(type(self.model), self.config))
     return Arch(
         model_type=model_type,
         classes=classes | vision_classes(module, f"{prefix}VisionBlock"),

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .._errors import DataError
+from .._errors import DataError, UnsupportedError
 from .._notices import notice
 from ..vision_data import VisionDataCollator
 from .blocks import head_reason, token_losses
+from .micro_batches import merge_micro_batches
 from .model_methods import CHECKPOINTING, PLANNER, ModelMethods
 from .patch import unwrapped
 from .row_list import is_rows, rows_dataset
@@ -48,10 +49,11 @@ def construct(config: type, original: Callable[..., None], trainer: Any, kwargs:
     with _head_adapter_hidden(base, can_serve_head):
         original(trainer, **kwargs)
     _restore_dtypes(model, dtypes)
-    if type(trainer).__name__ == "SFTTrainer":
+    if config.__name__ == "SFTConfig":
         _check_labels(trainer)
         if can_serve_head:
             _bind_fused_head(base)
+            merge_micro_batches(trainer, base)
 
 
 def fused_head(trl_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,6 +161,19 @@ def _leave_rows_to(collator: VisionDataCollator, args: Any) -> None:
     """Rows reach a vision collator as they are, so that images are opened when they are needed."""
     args.remove_unused_columns = False
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    if getattr(args, "packing", False) or getattr(args, "eval_packing", False):
+        raise UnsupportedError(
+            "rows are packed to a length before training, and rows with images are made when their turn comes",
+            where="packing=True", fix="padding_free=True, which lays the rows of each batch end to end",
+        )  # fmt: skip
+    if getattr(args, "padding_free", False):
+        collator.drop_padding()
+        args.padding_free = False  # TRL's own is for its own collator, and refuses images
+        notice(
+            "fastllm: padding_free=True: the vision collator lays the rows of a batch end to end "
+            "(num_tokens in the log of TRL counts one a batch: it does not know their positions)",
+            once="trl:padding_free",
+        )
     if {"max_length", "max_seq_length"} & set(getattr(args, "_fastllm_given", ())) and args.max_length is not None:
         collator.limit_length(args.max_length)
 

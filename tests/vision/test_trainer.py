@@ -4,7 +4,7 @@ import pytest
 from trl import SFTConfig, SFTTrainer
 
 from fastllm import FastVisionModel
-from fastllm._errors import DataError
+from fastllm._errors import DataError, UnsupportedError
 from fastllm.models.row_list import RowList, is_rows, rows_dataset
 from fastllm.trainer import UnslothVisionDataCollator
 
@@ -56,6 +56,38 @@ def test_one_place_for_the_length(adapted):
     assert make_trainer(adapted, [row()]).data_collator.max_seq_length == 2048
     own = UnslothVisionDataCollator(model, processor, max_seq_length=64)
     assert make_trainer(adapted, [row()], own, max_length=96).data_collator.max_seq_length == 64
+
+
+@pytest.mark.parametrize("column", [False, True], ids=["in the messages", "in a column"])
+def test_trl_trains_the_same_padding_free(checkpoints, column, messages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [row(seed, answer="fox " * (seed + 1), width=16 * (seed + 1)) for seed in range(3)]
+    if column:
+        for each in rows:
+            each["images"] = [each["messages"][0]["content"][1].pop("image")]
+
+    def train(**settings):
+        model, processor = FastVisionModel.from_pretrained(checkpoints["qwen2_5_vl"], load_in_4bit=False)
+        adapted = FastVisionModel.get_peft_model(model, r=2), processor
+        trainer = make_trainer(
+            adapted, rows, eval_rows=rows, per_device_train_batch_size=3, per_device_eval_batch_size=3,
+            logging_steps=1, learning_rate=1e-2, **settings,
+        )  # fmt: skip
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        losses = [entry["loss"] for entry in history] + [trainer.evaluate()["eval_loss"]]
+        return losses, [entry["grad_norm"] for entry in history]
+
+    padded, padded_norms = train()
+    got, norms = train(padding_free=True)
+    assert "lays the rows of a batch end to end" in messages()
+    assert got == pytest.approx(padded, rel=1e-5) and norms == pytest.approx(padded_norms, rel=1e-4)
+    assert padded[-1] < padded[0]
+
+
+def test_packing_to_a_length_is_refused_with_its_reason(adapted):
+    with pytest.raises(UnsupportedError, match="padding_free=True"):
+        make_trainer(adapted, [row()], packing=True)
 
 
 def test_a_list_of_rows_stays_what_it_is():
