@@ -18,8 +18,9 @@ from transformers.utils import can_return_tuple
 from .._compat import attentions_are_collected, default_causal_lm_loss, has_foreign_hooks
 from .._notices import notice
 from ..kernels.attention import AttentionCase, attention
-from ..kernels.decoder_layer import DecoderLayer, Keep, LayerCall, Norm, decoder_layer
+from ..kernels.decoder_layer import decoder_layer
 from ..kernels.glu import glu
+from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm
 from ..kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LabelCount,
