@@ -26,9 +26,9 @@ from .attention import (
     attention_reference,
     choose_backend,
 )
-from .decoder_layer import Norm
 from .dispatch import compute_dtype, no_autocast, rows_of
 from .glu import glu_backward, glu_forward, glu_reference
+from .layer_definition import Norm
 from .layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference
 from .lora import (
     PARAMETERS_PER_PROJECTION,

@@ -18,8 +18,9 @@ from transformers.utils import can_return_tuple
 from .._compat import attentions_are_collected, default_causal_lm_loss, has_foreign_hooks
 from .._notices import notice
 from ..kernels.attention import AttentionCase, attention
-from ..kernels.decoder_layer import DecoderLayer, Keep, LayerCall, Norm, decoder_layer
+from ..kernels.decoder_layer import decoder_layer
 from ..kernels.glu import glu
+from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm
 from ..kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LabelCount,
@@ -31,6 +32,7 @@ from ..kernels.linear_cross_entropy import (
 from ..kernels.lora import ProjectionGroup, project_group
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
+from .arch import Arch
 from .logits import LazyLogits
 from .lora_view import group_of
 from .memory import ActivationPlanner
@@ -228,25 +230,28 @@ def decoder_classes(
     def class_of(suffix: str) -> Any:
         return getattr(module, names.get(suffix, prefix + suffix))
 
-    def subclass(suffix: str, *mixins: type, **attributes: Any) -> dict[type, type]:
-        original = class_of(suffix)
-        attributes["__module__"] = __name__
-        return {original: type(original.__name__, (*mixins, original), attributes)}
-
-    def own_forward(suffix: str) -> Forward:
-        return class_of(suffix).forward
-
+    norm, mlp, attention_class, layer = map(class_of, ("RMSNorm", "MLP", "Attention", "DecoderLayer"))
     return {
-        **subclass("RMSNorm", forward=norm_forward(offset=norm_offset), weight_offset=norm_offset),
-        **subclass("MLP", forward=mlp_forward(own_forward("MLP"))),
-        **subclass("Attention", forward=attention_forward(own_forward("Attention"))),
-        **subclass(
-            "DecoderLayer",
-            forward=decoder_layer_forward(own_forward("DecoderLayer")),
+        **_subclass(norm, forward=norm_forward(offset=norm_offset), weight_offset=norm_offset),
+        **_subclass(mlp, forward=mlp_forward(mlp.forward)),
+        **_subclass(attention_class, forward=attention_forward(attention_class.forward)),
+        **_subclass(
+            layer,
+            forward=decoder_layer_forward(layer.forward),
             gradient_checkpointing=property(lambda self: False, checkpointing_requested),
         ),
-        **subclass("ForCausalLM", ModelMethods, forward=causal_lm_forward(own_forward("ForCausalLM"))),
     }
+
+
+def model_class(original: Any) -> dict[type, type]:
+    """The fast subclass of a model with a language-model head, e.g. `LlamaForCausalLM`."""
+    return _subclass(original, ModelMethods, forward=causal_lm_forward(original.forward))
+
+
+def causal_lm_arch(model_type: str, module: Any, prefix: str, *, norm_offset: float = 0.0) -> Arch:
+    """The record of a text family whose classes are all called by prefix and suffix."""
+    decoder = decoder_classes(module, prefix, norm_offset=norm_offset)
+    return Arch(model_type, model_class(getattr(module, f"{prefix}ForCausalLM")), decoder)
 
 
 def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
@@ -413,6 +418,10 @@ def checkpointing_requested(layer: Any, value: bool) -> None:
             f"use_gradient_checkpointing={planner.setting!r}",
             once=f"checkpointing:{value}",
         )
+
+
+def _subclass(original: Any, *mixins: type, **attributes: Any) -> dict[type, type]:
+    return {original: type(original.__name__, (*mixins, original), {**attributes, "__module__": __name__})}
 
 
 def _norm(module: Any) -> Norm:

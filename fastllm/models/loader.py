@@ -15,7 +15,7 @@ from .._device import Device, default_device
 from .._errors import ArgumentError, ModelError, UnsupportedError
 from .._notices import notice, warn
 from ..text.rendering import tokenizer_of
-from .arch import get_arch, supported_model_types
+from .arch import arch_of, described, supported_model_types
 from .embedding_offload import offload_embedding
 from .memory import checkpointing_setting
 from .model_methods import MERGES_MICRO_BATCHES, PLANNER, TOKENIZER, TRAINED_IN_FULL
@@ -266,10 +266,9 @@ def _device_map(device_map: Any, device: Device) -> Any:
 
 
 def _adapt(model: Any, request: LoadRequest) -> None:
-    model_type = model.config.model_type
-    arch = get_arch(model_type) if request.patch else None
+    arch = arch_of(model.config) if request.patch else None
     if arch is None and request.patch:
-        text = f"{model_type!r} has no fast classes yet; supported: {', '.join(supported_model_types())}"
+        text = f"{described(model.config)!r} has no fast classes yet; supported: {', '.join(supported_model_types())}"
         if request.strict:
             raise ModelError(
                 text, where=request.model_name, fix="leave strict=True out to train it with transformers' own code"

@@ -15,7 +15,7 @@ from .._device import free_bytes
 from .._errors import ArgumentError
 from .._notices import notice
 from ..kernels.attention import AttentionCase, choose_backend
-from ..kernels.decoder_layer import DecoderLayer, Keep
+from ..kernels.layer_definition import DecoderLayer, Keep
 from ..kernels.vision_block import VisionBlock
 
 GIB = 2**30
@@ -163,8 +163,10 @@ class LayerBytes:
         qkv, attended = layer.qkv.out_features, layer.output.in_features
         extensions = sum(group.extension for group in layer.groups())
         raw = qkv if layer.query_norm is not None else 0
-        stash = size * (qkv + raw + attended + width + 2 * inner + extensions) + 4 * (attended // layer.head_dim + 4)
-        backward = size * (5 * inner + 6 * width + 2 * qkv + attended)
+        normed = sum(norm is not None for norm in (layer.attention_out_norm, layer.mlp_out_norm))
+        stash = size * (qkv + raw + attended + (1 + normed) * width + 2 * inner + extensions)
+        stash += 4 * (attended // layer.head_dim + 4 + normed)
+        backward = size * (5 * inner + (6 + 2 * normed) * width + 2 * qkv + attended)
         largest = max(group.out_features * (group.in_features + group.extension) for group in layer.groups())
         total = sum(group.out_features * (group.in_features + group.extension) for group in layer.groups())
         return cls(stash, size * width, backward, size * (total + largest))

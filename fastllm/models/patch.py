@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .._errors import ModelError
-from .arch import Arch, get_arch
+from .arch import Arch, arch_of
 from .lora_view import forget_groups
 from .memory import ActivationPlanner
 from .model_methods import PLANNER, ModelMethods
@@ -115,7 +115,7 @@ def report(model: Any) -> FastReport:
 
     model = unwrapped(model)
     model_type = model.config.model_type
-    arch = get_arch(model_type)
+    arch = arch_of(model.config)
     if arch is None or _ORIGINAL not in model.__dict__ or not hasattr(model, PLANNER):
         return FastReport(model_type, notes=["the model runs transformers' own forward"])
     layers = []

@@ -17,8 +17,8 @@ from torch import nn
 from .._compat import attentions_are_collected, has_foreign_hooks
 from .._device import free_bytes
 from ..kernels.attention import AttentionCase, choose_backend
-from ..kernels.decoder_layer import Norm
 from ..kernels.documents import Documents
+from ..kernels.layer_definition import Norm
 from ..kernels.lora import ProjectionGroup
 from ..kernels.vision_block import BlockCall, LayerNorm, VisionBlock, vision_block
 from .blocks import ACTIVATIONS, Forward, checkpointing_requested

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from fastllm.kernels.attention import AttentionCase
-from fastllm.kernels.decoder_layer import (
-    DecoderLayer,
-    Keep,
-    LayerCall,
-    Norm,
-    decoder_layer,
-    decoder_layer_reference,
-)
+from fastllm.kernels.decoder_layer import decoder_layer
+from fastllm.kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm, decoder_layer_reference
 from fastllm.kernels.lora import Projection, ProjectionGroup, dropout_masks
 
 from . import eager
@@ -55,6 +49,7 @@ class Spec:
     has_lora: bool = True
     has_bias: bool = False
     has_head_norms: bool = False
+    has_out_norms: bool = False
     trains_norms: bool = False
     offset: float = 0.0
     activation: str = "silu"
@@ -75,7 +70,8 @@ class Spec:
 
     def norms(self) -> dict[str, int]:
         heads = {"query_norm": self.head_dim, "key_norm": self.head_dim} if self.has_head_norms else {}
-        return {"input_norm": self.width, "post_norm": self.width, **heads}
+        outputs = {"attention_out_norm": self.width, "mlp_out_norm": self.width} if self.has_out_norms else {}
+        return {"input_norm": self.width, "post_norm": self.width, **heads, **outputs}
 
 
 @pytest.fixture(params=[s for s in SETTINGS if torch.cuda.is_available() or s != "triton-fp16"])
@@ -171,9 +167,11 @@ def eager_layer(
     attend = call.attention.function or functools.partial(
         eager.attention, scaling=call.attention.scaling, mask=call.attention.mask
     )
-    middle = x + linear(attend(q, k, v).transpose(1, 2).flatten(2), "o")
+    out = linear(attend(q, k, v).transpose(1, 2).flatten(2), "o")
+    middle = x + (norm(out, "attention_out_norm") if spec.has_out_norms else out)
     hidden = norm(middle, "post_norm")
-    return middle + linear(eager.glu(linear(hidden, "gate"), linear(hidden, "up"), spec.activation), "down")
+    out = linear(eager.glu(linear(hidden, "gate"), linear(hidden, "up"), spec.activation), "down")
+    return middle + (norm(out, "mlp_out_norm") if spec.has_out_norms else out)
 
 
 def check_layer(setting: Setting, spec: Spec, **call_changes) -> None:
@@ -235,6 +233,8 @@ SPECS = {
     "qwen2": Spec(weights="dense", has_bias=True),
     "qwen3": Spec(has_head_norms=True, trains_norms=True),
     "gemma": Spec(offset=1.0, activation="gelu_tanh", trains_norms=True),
+    "gemma2": Spec(offset=1.0, activation="gelu_tanh", has_out_norms=True, weights="dense"),
+    "gemma3": Spec(offset=1.0, activation="gelu_tanh", has_out_norms=True, has_head_norms=True, trains_norms=True),
     "partial_rotary": Spec(rotary_dim=8, head_dim=20, weights="dense"),
     "two_tokens": Spec(batch=1, length=2),
     "one_key_head": Spec(key_heads=1, length=17, batch=1),
@@ -256,17 +256,21 @@ def test_matches_float64_in_fp16_kernels(device, name):
     check_layer(Setting("triton", torch.float16, device), SPECS[name])
 
 
-@pytest.mark.parametrize("name", ["llama_nf4", "all_trained", "dropout"])
+@pytest.mark.parametrize("name", ["llama_nf4", "all_trained", "dropout", "gemma3"])
 def test_recomputed_matches_float64(setting, name):
     check_layer(setting, dataclasses.replace(SPECS[name], keep=Keep.INPUT))
 
 
 @pytest.mark.parametrize("keep", list(Keep), ids=lambda keep: keep.name.lower())
 @pytest.mark.parametrize("weights", ["nf4", "dense"])
-def test_autocast(setting, weights, keep):
+@pytest.mark.parametrize("has_out_norms", [False, True], ids=["llama", "out_norms"])
+def test_autocast(setting, has_out_norms, weights, keep):
     """An fp32 residual stream and fp32 parameters, multiplied in 16 bit."""
     if setting.dtype != torch.float32:
-        check_layer(setting, Spec(autocast=True, weights=weights, trains_norms=True, has_bias=True, keep=keep))
+        spec = Spec(
+            autocast=True, weights=weights, trains_norms=True, has_bias=True, keep=keep, has_out_norms=has_out_norms
+        )
+        check_layer(setting, spec)
 
 
 def test_attention_function_of_the_caller(setting):
@@ -348,6 +352,7 @@ KEEP_SPECS = {
     "nf4": Spec(has_head_norms=True),
     "trained": Spec(weights="trained", has_bias=True),
     "dropout": Spec(dropout=0.3, has_head_norms=True),
+    "out_norms": Spec(dropout=0.3, has_out_norms=True, trains_norms=True, offset=1.0),
     "dropout_everywhere": Spec(dropout=0.3, attention_dropout=0.3, weights="dense", trains_norms=True),
 }
 
@@ -372,10 +377,14 @@ def test_frozen_input(fp32):
 
 
 @pytest.mark.parametrize(
-    "wanted", ["input_norm", "key_norm", "post_norm", "v_bias", "o_weight", "up_lora_b", "down_lora_a"]
-)
+    "wanted",
+    [
+        "input_norm", "key_norm", "post_norm", "attention_out_norm", "mlp_out_norm", "v_bias", "o_weight", "up_lora_b",
+        "down_lora_a",
+    ],
+)  # fmt: skip
 def test_only_requested_gradients(fp32, wanted):
-    spec = Spec(weights="dense", has_bias=True, has_head_norms=True)
+    spec = Spec(weights="dense", has_bias=True, has_head_norms=True, has_out_norms=True)
     tensors = parameters_of(fp32, spec)
     tensors[wanted].requires_grad_()
     with fp32.active():
@@ -444,7 +453,7 @@ def test_empty_batch(fp32, keep):
     assert all(t.grad is not None and not t.grad.any() for t in tensors.values())
 
 
-@pytest.mark.parametrize("name", ["llama_dense", "all_trained", "gemma", "bool_mask"])
+@pytest.mark.parametrize("name", ["llama_dense", "all_trained", "gemma", "gemma3", "bool_mask"])
 def test_reference_is_the_definition(name, device):
     """The reference of the package against the layer as Hugging Face writes it, in float64."""
     spec = dataclasses.replace(SPECS[name], weights="dense")
@@ -464,6 +473,7 @@ TINY_SPECS = {
     "plain": TINY,
     "dropout": dataclasses.replace(TINY, dropout=0.3, attention_dropout=0.2),
     "gemma": dataclasses.replace(TINY, offset=1.0, activation="gelu"),
+    "out_norms": dataclasses.replace(TINY, has_out_norms=True, dropout=0.3),
 }
 
 

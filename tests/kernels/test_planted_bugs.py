@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastllm.kernels import linear_cross_entropy
-from fastllm.kernels.decoder_layer import Keep
+from fastllm.kernels.layer_definition import Keep
 from fastllm.kernels.linear_cross_entropy import LogitTransform
 
 from ..planting import Bug, plant
@@ -358,7 +358,7 @@ LAYER = {
         "dq_rows, dk_rows, inverse=True)", "dq_rows, dk_rows)", layer("llama_nf4", on="triton")
     ),
     "head_norms_without_backward": Bug(
-        "norm_grads[1:3] = _norm_heads_backward(layer, state, dqkv, needs_norm)", "pass",
+        "norm_grads |= _norm_heads_backward(layer, state, dqkv, needs_norm)", "pass",
         layer("qwen3", trains_norms=False),
     ),
     "stale_gradient_of_v": Bug(
@@ -372,6 +372,20 @@ LAYER = {
     "wrong_norm_in_the_backward": Bug(
         "    norm = layer.input_norm\n    prepared = weights.take(", "    prepared = weights.take(",
         layer("llama_dense"),
+    ),
+    "norm_of_an_output_takes_the_wrong_gradient": Bug(
+        "dmiddle, state.attention_out, state", "dy, state.attention_out, state", layer("gemma2")
+    ),
+    "wrong_norm_of_an_output_in_the_backward": Bug(
+        "state.mlp_out_rstd, layer.mlp_out_norm", "state.mlp_out_rstd, layer.post_norm", layer("gemma2")
+    ),
+    "offset_missing_in_the_norm_of_an_output": Bug(
+        "offset=norm.offset, out=_empty_rows(rows, dtype)", "out=_empty_rows(rows, dtype)", layer("gemma2")
+    ),
+    "other_dropout_in_a_recomputed_output": Bug(
+        "_mlp_output(layer, weights, state, keep=True)",
+        "weights.take('down'), torch.rand(1), _mlp_output(layer, weights, state, keep=True)",
+        checks(check_keep_modes, Spec(dropout=0.3, has_out_norms=True, weights="dense"), on="reference"),
     ),
     "other_dropout_when_recomputed": Bug(
         "with replayed(ctx.rng, x.device):", "with replayed(None, x.device):",

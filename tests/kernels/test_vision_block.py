@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastllm.kernels.attention import AttentionCase
-from fastllm.kernels.decoder_layer import Norm
 from fastllm.kernels.documents import Documents
+from fastllm.kernels.layer_definition import Norm
 from fastllm.kernels.lora import Projection, ProjectionGroup, dropout_masks
 from fastllm.kernels.vision_block import BlockCall, LayerNorm, VisionBlock, vision_block, vision_block_reference
 

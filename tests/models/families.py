@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from fastllm.kernels.nf4 import dequantize_nf4_reference
-from fastllm.models.arch import get_arch
+from fastllm.models.arch import arch_of
 from fastllm.models.lora_view import projection_of
 from fastllm.models.patch import adapt
 
@@ -63,7 +63,7 @@ def with_lora(model, *, seed=1, **options):
 def fast_copy(model, *, setting=False):
     """The same plain model adapted by fastllm, independent of the original."""
     clone = copy.deepcopy(model)
-    adapt(clone, get_arch(clone.config.model_type), setting)
+    adapt(clone, arch_of(clone.config), setting)
     return clone
 
 

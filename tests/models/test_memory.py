@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastllm._errors import ArgumentError
-from fastllm.kernels.decoder_layer import Keep
+from fastllm.kernels.layer_definition import Keep
 from fastllm.models import memory
 from fastllm.models.blocks import fused_layer
 from fastllm.models.memory import GIB, ActivationPlanner, HostOffload, LayerBytes, checkpointing_setting

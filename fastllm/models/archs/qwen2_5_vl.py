@@ -5,6 +5,8 @@ The blocks of its vision tower have RMSNorm and a gated MLP; most attend inside 
 
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-from ..qwen_vl import qwen_vl_arch
+from ..vision_language import qwen_vl_arch
 
-ARCH = qwen_vl_arch("qwen2_5_vl", modeling_qwen2_5_vl, "Qwen2_5_VL")
+ARCH = qwen_vl_arch(
+    "qwen2_5_vl", modeling_qwen2_5_vl, "Qwen2_5_VL", text_prefix="Qwen2_5_VL", names={"MLP": "Qwen2MLP"}
+)
