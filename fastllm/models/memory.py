@@ -22,6 +22,9 @@ GIB = 2**30
 # Part of the free memory that is left alone: fragmentation, cuBLAS workspaces, what other code allocates.
 _MARGIN = 0.06
 _MARGIN_BYTES = GIB // 2
+# Part of the free memory that the vision tower may keep. A byte kept in a decoder layer spares more arithmetic than one
+# kept there, as decoders are wider.
+_TOWER_SHARE = 1 / 8
 # Plans are made anew for each step of what the tower holds; the margin covers a step.
 _TOWER_STEP = GIB // 4
 # cuDNN compiles a plan for each new shape (0.1 s on an H200); it pays once this much attention, in queries times keys,
@@ -60,6 +63,7 @@ class ActivationPlanner:
         self.reserved_bytes = 0
         self.tower_bytes = 0
         self._plans: dict[tuple[int, int], list[Keep]] = {}
+        self._tower_plans: dict[int, bool] = {}
         self._plan: list[Keep] = []
         self._told = ""
         self._offload = HostOffload()
@@ -71,6 +75,7 @@ class ActivationPlanner:
     def use(self, setting: bool | str) -> None:
         self.setting = checkpointing_setting(setting)
         self._plans.clear()
+        self._tower_plans.clear()
 
     def keep(self, index: int, x: torch.Tensor, layer: DecoderLayer) -> Keep:
         """What layer `index` keeps, given its input `x [B, S, D]`, in a forward that will be differentiated."""
@@ -88,11 +93,30 @@ class ActivationPlanner:
         allow_cudnn = self._forwards_of_shape.get(self._shape, 0) * scores >= _CUDNN_AFTER_SCORES
         num_documents = 0 if case.documents is None else case.documents.cu_seqlens.numel()
         given = (case.mask is not None, case.function is not None, num_documents)
-        key = (q.shape, k.shape, q.dtype, q.device, given, case.sliding_window, case.softcap, case.dropout, allow_cudnn,
+        key = (q.shape, k.shape, q.dtype, q.device, given, case.sliding_window, case.softcap, case.dropout, case.causal, allow_cudnn,
                torch.are_deterministic_algorithms_enabled())  # fmt: skip
         if key not in self._backends:
             self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=allow_cudnn)
         return self._backends[key]
+
+    def recomputes_tower(self, patches: int, kept: int, inputs: int, device: torch.device) -> bool:
+        """Whether the blocks of the vision tower keep their inputs only, `inputs` bytes a patch, instead of `kept`, in
+        a forward that will be differentiated. The decoder's plan is made beside what they hold."""
+        recompute = self.setting is not False
+        if self.setting == "fastllm":
+            bucket = -(-patches // 1024) * 1024
+            if bucket not in self._tower_plans:
+                free = free_bytes(device)
+                self._tower_plans[bucket] = bucket * kept > _TOWER_SHARE * free
+                if self._tower_plans[bucket]:
+                    notice(
+                        f"fastllm: the vision tower recomputes its blocks: activations of up to {bucket:,} patches "
+                        f"would take {bucket * kept / GIB:.1f} of {free / GIB:.1f} GiB free",
+                        once="tower:recompute",
+                    )
+            recompute = self._tower_plans[bucket]
+        self.tower_bytes = patches * (inputs if recompute else kept)
+        return recompute
 
     def describe(self) -> str:
         """The latest plan in a line."""

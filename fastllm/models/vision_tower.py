@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from .._compat import attentions_are_collected, has_foreign_hooks
-from .._device import free_bytes
 from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.documents import Documents
 from ..kernels.layer_definition import Norm
@@ -28,9 +27,6 @@ from .model_methods import PLANNER
 
 # Attribute of each block: the tower that it belongs to.
 TOWER = "_fastllm_tower"
-# Part of the free memory that the activations of a planned tower may take. A byte kept in a decoder layer spares more
-# arithmetic than one kept here, as decoders are wider.
-_SHARE = 1 / 8
 # (output of the first half of an MLP, the second half), by their names in transformers.
 _MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"))
 
@@ -73,7 +69,7 @@ def block_forward(otherwise: Forward) -> Forward:
             return call(hidden_states)
         assert position_embeddings is not None
         cos, sin = (angles.unsqueeze(0) for angles in position_embeddings)
-        segments = tower.segments(cu_seqlens, self.attn)
+        segments = tower.segments(cu_seqlens, self.attn, hidden_states.device)
         recompute = torch.is_grad_enabled() and tower.recomputes(hidden_states, block)
         call = BlockCall(segments.case, cos, sin, recompute, segments.choose_backend)
         return vision_block(hidden_states, block, call)
@@ -112,13 +108,12 @@ class Tower:
     def __init__(self, num_blocks: int, planner: ActivationPlanner) -> None:
         self.num_blocks = num_blocks
         self.planner = planner
-        self._plans: dict[int, bool] = {}
         self._segments: collections.deque[Segments] = collections.deque(maxlen=2)  # full attention and windows
 
-    def segments(self, cu_seqlens: torch.Tensor, attention_module: Any) -> Segments:
+    def segments(self, cu_seqlens: torch.Tensor, attention_module: Any, device: torch.device) -> Segments:
         """The segments that one call of the tower gives to each of its blocks."""
         module = attention_module
-        given = (module.scaling, module.attention_dropout if module.training else 0.0)
+        given = (module.scaling, module.attention_dropout if module.training else 0.0, device)
         for known in self._segments:
             if known.cu_seqlens is cu_seqlens and known.given == given:
                 return known
@@ -127,26 +122,18 @@ class Tower:
 
     def recomputes(self, x: torch.Tensor, block: VisionBlock) -> bool:
         """Whether the blocks keep their inputs only, in a forward that will be differentiated."""
-        setting = self.planner.setting
-        tokens = x.shape[0]
-        stash = self.num_blocks * tokens * block_bytes(block, x.dtype)
-        recompute = setting is not False
-        if setting == "fastllm":
-            bucket = -(-tokens // 1024)
-            if bucket not in self._plans:
-                self._plans[bucket] = stash > _SHARE * free_bytes(x.device)
-            recompute = self._plans[bucket]
-        self.planner.tower_bytes = self.num_blocks * tokens * x.shape[-1] * x.dtype.itemsize if recompute else stash
-        return recompute
+        kept = self.num_blocks * block_bytes(block, x.dtype)
+        inputs = self.num_blocks * x.shape[-1] * x.dtype.itemsize
+        return self.planner.recomputes_tower(x.shape[0], kept, inputs, x.device)
 
 
 class Segments:
     """Images, frames or windows that lie end to end, as a case of attention, and the kernel that serves it."""
 
-    def __init__(self, cu_seqlens: torch.Tensor, given: tuple[float, float]) -> None:
+    def __init__(self, cu_seqlens: torch.Tensor, given: tuple[float, float, torch.device]) -> None:
         self.cu_seqlens, self.given = cu_seqlens, given
-        scaling, dropout = given
-        documents = None if cu_seqlens.numel() == 2 else Documents.from_cu_seqlens(cu_seqlens)
+        scaling, dropout, device = given
+        documents = None if cu_seqlens.numel() == 2 else Documents.from_cu_seqlens(cu_seqlens).on(device)
         self.case = AttentionCase(scaling, None, dropout, documents=documents, causal=False)
         self._backends: dict[tuple, str] = {}
 
