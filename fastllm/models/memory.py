@@ -93,8 +93,8 @@ class ActivationPlanner:
         allow_cudnn = self._forwards_of_shape.get(self._shape, 0) * scores >= _CUDNN_AFTER_SCORES
         num_documents = 0 if case.documents is None else case.documents.cu_seqlens.numel()
         given = (case.mask is not None, case.function is not None, num_documents)
-        key = (q.shape, k.shape, q.dtype, q.device, given, case.sliding_window, case.softcap, case.dropout, case.causal, allow_cudnn,
-               torch.are_deterministic_algorithms_enabled())  # fmt: skip
+        key = (q.shape, k.shape, q.dtype, q.device, given, case.sliding_window, case.softcap, case.dropout, case.causal,
+               allow_cudnn, torch.are_deterministic_algorithms_enabled())  # fmt: skip
         if key not in self._backends:
             self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=allow_cudnn)
         return self._backends[key]
