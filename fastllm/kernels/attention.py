@@ -34,7 +34,7 @@ class AttentionCase:
     """What one attention call computes. `mask` is bool or additive, broadcastable to [B, H, S, S]; None is causal.
 
     Causal attention may be narrowed: `documents` keeps the documents of packed rows apart, `sliding_window` lets a
-    query see itself and the window - 1 keys before it (0: all), `softcap` bounds the scores (0: not).
+    query see itself and the window - 1 keys before it (0: all). `softcap` bounds the scores (0: not), of any mask.
     `function` replaces the built-in kernels: a differentiable (q, k, v) -> out, [B, H, S, E].
     """
 
@@ -47,8 +47,11 @@ class AttentionCase:
     softcap: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.is_narrowed and (self.mask is not None or self.function is not None):
-            raise ValueError("documents, sliding_window and softcap narrow causal attention: no mask, no function")
+        is_causal = self.mask is None and self.function is None
+        if not is_causal and (self.documents is not None or self.sliding_window):
+            raise ValueError("documents and sliding_window narrow causal attention: no mask, no function")
+        if self.softcap and self.function is not None:
+            raise ValueError("softcap bounds the scores of the built-in kernels: no function")
 
     @property
     def is_narrowed(self) -> bool:
@@ -121,10 +124,10 @@ def choose_backend(
 
 
 def _choose_for_narrowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
-    if not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
+    if case.mask is None and not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
         return "varlen"
     reason = "torch's flash kernel does not serve this packed, windowed or soft-capped attention here"
-    if flash_attention_serves(q, case.dropout):
+    if case.mask is None and flash_attention_serves(q, case.dropout):
         notice(f"fastllm: attention runs through fastllm's own Triton kernel, as {reason}", once="attention:triton")
         return "triton"
     if q.is_cuda:
