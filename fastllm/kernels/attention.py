@@ -35,8 +35,8 @@ class AttentionCase:
     sees itself and what is before it, or everything where `causal` is False.
 
     Attention without a mask may be narrowed: `documents` keeps the documents of packed rows apart, `sliding_window`
-    lets a query of causal attention see itself and the window - 1 keys before it (0: all), `softcap` bounds the scores
-    (0: not). `function` replaces the built-in kernels: a differentiable (q, k, v) -> out, [B, H, S, E].
+    lets a query of causal attention see itself and the window - 1 keys before it (0: all). `softcap` bounds the scores
+    (0: not), of any mask. `function` replaces the built-in kernels: a differentiable (q, k, v) -> out, [B, H, S, E].
     """
 
     scaling: float
@@ -49,10 +49,13 @@ class AttentionCase:
     causal: bool = True
 
     def __post_init__(self) -> None:
-        if self.is_narrowed and (self.mask is not None or self.function is not None):
-            raise ValueError("documents, sliding_window and softcap narrow attention: no mask, no function")
+        is_free = self.mask is None and self.function is None
+        if not is_free and (self.documents is not None or self.sliding_window):
+            raise ValueError("documents and sliding_window narrow attention: no mask, no function")
         if self.sliding_window and not self.causal:
             raise ValueError("sliding_window looks back from each query: it needs causal attention")
+        if self.softcap and self.function is not None:
+            raise ValueError("softcap bounds the scores of the built-in kernels: no function")
 
     @property
     def is_narrowed(self) -> bool:
@@ -126,10 +129,10 @@ def choose_backend(
 
 
 def _choose_for_narrowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
-    if not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
+    if case.mask is None and not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
         return "varlen"
     reason = "torch's flash kernel does not serve this packed, windowed or soft-capped attention here"
-    if flash_attention_serves(q, case.dropout):
+    if case.mask is None and flash_attention_serves(q, case.dropout):
         notice(f"fastllm: attention runs through fastllm's own Triton kernel, as {reason}", once="attention:triton")
         return "triton"
     if q.is_cuda:

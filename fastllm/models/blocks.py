@@ -59,7 +59,7 @@ def norm_forward(*, offset: float = 0.0) -> Forward:
     """RMSNorm. With `offset` 1 the weight is stored as its distance from one (Gemma)."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, offset=offset)
+        return rms_norm(hidden_states, self.weight, _eps(self), offset=offset)
 
     return forward
 
@@ -73,7 +73,7 @@ def mlp_forward(otherwise: Forward) -> Forward:
             return otherwise(self, x)
         gate_up, down = groups
         gate, up = project_group(x, gate_up).split([p.out_features for p in gate_up.projections], dim=-1)
-        return project_group(glu(gate, up, ACTIVATIONS[self.config.hidden_act]), down)
+        return project_group(glu(gate, up, ACTIVATIONS[_activation_name(self)]), down)
 
     return forward
 
@@ -180,7 +180,7 @@ def causal_lm_forward(otherwise: Forward) -> Forward:
             )  # fmt: skip
             return CausalLMOutputWithPast(
                 loss=loss,
-                logits=LazyLogits(outputs.last_hidden_state, self.lm_head),  # pyright: ignore[reportArgumentType]
+                logits=LazyLogits(outputs.last_hidden_state, self.lm_head, logit_transform(self.config)),  # pyright: ignore[reportArgumentType]
                 past_key_values=outputs.past_key_values,
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
@@ -219,12 +219,12 @@ def token_losses(
 
 
 def decoder_classes(
-    module: Any, prefix: str, *, norm_offset: float = 0.0, names: Mapping[str, str] = {}
+    module: Any, prefix: str, *, norm_offset: float = 0.0, caps_scores: bool = False, names: Mapping[str, str] = {}
 ) -> dict[type, type]:
     """Fast subclasses of a transformers modeling module whose decoder is Llama's: pre-norm, rotary attention, GLU MLP.
 
     Each keeps the name of the class it stands for, e.g. `LlamaMLP`. `names` gives those that are not called by prefix
-    and suffix.
+    and suffix. `caps_scores`: attention heeds `attn_logit_softcapping`, which some configs have without a use for it.
     """
 
     def class_of(suffix: str) -> Any:
@@ -234,7 +234,7 @@ def decoder_classes(
     return {
         **_subclass(norm, forward=norm_forward(offset=norm_offset), weight_offset=norm_offset),
         **_subclass(mlp, forward=mlp_forward(mlp.forward)),
-        **_subclass(attention_class, forward=attention_forward(attention_class.forward)),
+        **_subclass(attention_class, forward=attention_forward(attention_class.forward), caps_scores=caps_scores),
         **_subclass(
             layer,
             forward=decoder_layer_forward(layer.forward),
@@ -248,16 +248,16 @@ def model_class(original: Any) -> dict[type, type]:
     return _subclass(original, ModelMethods, forward=causal_lm_forward(original.forward))
 
 
-def causal_lm_arch(model_type: str, module: Any, prefix: str, *, norm_offset: float = 0.0) -> Arch:
-    """The record of a text family whose classes are all called by prefix and suffix."""
-    decoder = decoder_classes(module, prefix, norm_offset=norm_offset)
+def causal_lm_arch(model_type: str, module: Any, prefix: str, **options: Any) -> Arch:
+    """The record of a text family whose classes are all called by prefix and suffix; options of `decoder_classes`."""
+    decoder = decoder_classes(module, prefix, **options)
     return Arch(model_type, model_class(getattr(module, f"{prefix}ForCausalLM")), decoder)
 
 
 def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
     """(gate and up, down), or why they can't be fused."""
     if _activation(mlp) is None:
-        return f"its activation is {mlp.config.hidden_act!r}"
+        return f"its activation is {_activation_name(mlp)!r}"
     gate_up = group_of(mlp, "gate_up", (mlp.gate_proj, mlp.up_proj))
     if isinstance(gate_up, str):
         return f"gate_proj or up_proj: {gate_up}"
@@ -268,6 +268,8 @@ def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
 def attention_groups(attention_module: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
     """(q, k and v; o), or why they can't be fused."""
     module = attention_module
+    if not getattr(module, "is_causal", True):
+        return "its attention sees later tokens"
     qkv = group_of(module, "qkv", (module.q_proj, module.k_proj, module.v_proj))
     if isinstance(qkv, str):
         return f"q_proj, k_proj or v_proj: {qkv}"
@@ -287,20 +289,24 @@ def fused_layer(layer: Any) -> DecoderLayer | str:
     mlp_part = mlp_groups(mlp)
     if isinstance(mlp_part, str):
         return mlp_part
-    heads = attention_module._modules
+    heads, norms = attention_module._modules, layer._modules
     activation = _activation(mlp)
     assert activation is not None
+    # Gemma 2 and 3 call the norm before the MLP so, and have one after each half besides.
+    norms_outputs = "pre_feedforward_layernorm" in norms
     return DecoderLayer(
         input_norm=_norm(layer.input_layernorm),
         qkv=attention_part[0],
         output=attention_part[1],
-        post_norm=_norm(layer.post_attention_layernorm),
+        post_norm=_norm(norms["pre_feedforward_layernorm" if norms_outputs else "post_attention_layernorm"]),
         gate_up=mlp_part[0],
         down=mlp_part[1],
         activation=activation,
         head_dim=attention_module.head_dim,
         query_norm=_norm(heads["q_norm"]) if "q_norm" in heads else None,
         key_norm=_norm(heads["k_norm"]) if "k_norm" in heads else None,
+        attention_out_norm=_norm(norms["post_attention_layernorm"]) if norms_outputs else None,
+        mlp_out_norm=_norm(norms["post_feedforward_layernorm"]) if norms_outputs else None,
     )
 
 
@@ -322,6 +328,8 @@ def head_reason(model: Any) -> str | None:
     reason = None
     if model.loss_function is not default_causal_lm_loss():
         reason = "model.loss_function is not the causal language-model loss"
+    elif getattr(model.config.get_text_config(), "use_bidirectional_attention", None):
+        reason = "attention sees later tokens"
     else:
         group = head_group(model)
         reason = group if isinstance(group, str) else None
@@ -348,20 +356,22 @@ def attention_case(
     dropout = module.attention_dropout if module.training else 0.0
     implementation = module.config._attn_implementation
     documents, window = kwargs.get("documents"), window_of(module)
+    softcap = (module.attn_logit_softcapping or 0.0) if module.caps_scores else 0.0
     if implementation in ("sdpa", "eager") and not kwargs.get("output_attentions"):
         if documents is None:
-            return AttentionCase(module.scaling, mask, dropout)
+            return AttentionCase(module.scaling, mask, dropout, softcap=softcap)
         packed = documents.on(hidden_states.device) if documents.is_packed else None
         window = window if window < documents.length else 0
-        return AttentionCase(module.scaling, None, dropout, documents=packed, sliding_window=window)
+        return AttentionCase(module.scaling, None, dropout, documents=packed, sliding_window=window, softcap=softcap)
     if documents is not None:
         mask = mask_of_documents(documents, module, hidden_states)
     passed = {name: value for name, value in kwargs.items() if name not in _IGNORABLE}
-    sliding = {"sliding_window": window} if window else {}
+    options = {"sliding_window": window} if window else {}
+    options |= {"softcap": softcap} if softcap else {}
     interface = ALL_ATTENTION_FUNCTIONS[implementation]
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out, _ = interface(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **sliding, **passed)
+        out, _ = interface(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **options, **passed)
         return out.transpose(1, 2)
 
     return AttentionCase(module.scaling, mask, dropout, run)
@@ -425,11 +435,19 @@ def _subclass(original: Any, *mixins: type, **attributes: Any) -> dict[type, typ
 
 
 def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon, getattr(type(module), "weight_offset", 0.0))
+    return Norm(module.weight, _eps(module), getattr(type(module), "weight_offset", 0.0))
+
+
+def _eps(norm: Any) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def _activation(mlp: Any) -> str | None:
-    return ACTIVATIONS.get(mlp.config.hidden_act)
+    return ACTIVATIONS.get(_activation_name(mlp))
+
+
+def _activation_name(mlp: Any) -> str:
+    return getattr(mlp.config, "hidden_activation", None) or mlp.config.hidden_act
 
 
 def _bind(function: Forward, module: Any, **kwargs: Any) -> Callable[[torch.Tensor], torch.Tensor]:

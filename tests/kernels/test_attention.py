@@ -59,14 +59,14 @@ def masks(setting: Setting, shape: str, kind: str) -> torch.Tensor | None:
     return seen if kind == "bool" else torch.zeros_like(seen, dtype=setting.dtype).masked_fill(~seen, float("-inf"))
 
 
-def check_under_autograd(setting: Setting, shape: str, kind: str) -> None:
+def check_under_autograd(setting: Setting, shape: str, kind: str, softcap: float = 0.0) -> None:
     """The op and its reference; `kind` is that of the mask."""
     inputs, upstream = heads(setting, shape)
     scaling, mask = 1.3 * inputs["q"].shape[-1] ** -0.5, masks(setting, shape, kind)
-    case = AttentionCase(scaling, mask, causal=kind != "bidirectional")
+    case = AttentionCase(scaling, mask, softcap=softcap, causal=kind != "bidirectional")
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return eager.attention(q, k, v, scaling=scaling, mask=mask, causal=case.causal)
+        return eager.attention(q, k, v, scaling=scaling, mask=mask, softcap=softcap, causal=case.causal)
 
     for op in (attention, attention_reference):
         check_op(lambda q, k, v, op=op: op(q, k, v, case), plain, setting, inputs, LIMITS, upstream=(upstream,))
@@ -76,6 +76,11 @@ def check_under_autograd(setting: Setting, shape: str, kind: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_under_autograd(setting, shape, kind):
     check_under_autograd(setting, shape, kind)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_capped_scores_of_a_mask(setting, kind):
+    check_under_autograd(setting, "grouped", kind, softcap=1.5)
 
 
 def check_two_functions(
@@ -211,6 +216,8 @@ def test_a_mask_and_documents_at_once_are_refused():
         AttentionCase(1.0, torch.ones(1, 1, 2, 2).bool(), sliding_window=1)
     with pytest.raises(ValueError, match="looks back"):
         AttentionCase(1.0, sliding_window=1, causal=False)
+    with pytest.raises(ValueError, match="no function"):
+        AttentionCase(1.0, function=lambda q, k, v: v, softcap=1.0)
 
 
 def test_custom_function(setting):

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from fastllm.kernels.nf4 import dequantize_nf4_reference
 from fastllm.models.arch import arch_of
@@ -30,6 +39,18 @@ FAMILIES = {
     "mistral": MistralConfig(**_COMMON, sliding_window=16),
     "qwen2": Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_COMMON, head_dim=32),
+    "gemma": GemmaConfig(**_COMMON, head_dim=24),
+    "gemma2": Gemma2Config(
+        **_COMMON, head_dim=24, sliding_window=16, query_pre_attn_scalar=40, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3_text": Gemma3TextConfig(
+        **_COMMON, head_dim=24, sliding_window=16, query_pre_attn_scalar=40,
+        layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }  # fmt: skip
 
 
@@ -37,12 +58,13 @@ def build(config, *, dtype=torch.float32, device="cpu", seed=0):
     """A plain transformers model with weights spread out enough that every part of it matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    neutral = 0.0 if config.model_type.startswith("gemma") else 1.0  # of a norm's weight
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.08)
             else:
-                parameter.normal_(1, 0.1)
+                parameter.normal_(neutral, 0.1)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)

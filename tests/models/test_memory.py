@@ -71,9 +71,10 @@ def test_a_cpu_never_offloads(monkeypatch, layer):
     assert Keep.OFFLOADED_INPUT not in plan(monkeypatch, layer, 0, device="cpu")
 
 
-def test_the_estimate_of_what_a_layer_keeps_is_what_it_keeps():
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_the_estimate_of_what_a_layer_keeps_is_what_it_keeps(family):
     """Bytes that autograd's graph of one layer holds, against the planner's arithmetic."""
-    config = FAMILIES["llama"]
+    config = FAMILIES[family]
     fast = with_lora(fast_copy(build(config)))
     decoder = fast.get_base_model().model
     x = torch.randn(2, 40, config.hidden_size)

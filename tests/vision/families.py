@@ -3,6 +3,7 @@
 import torch
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
     LlamaConfig,
     LlavaConfig,
     Mistral3Config,
@@ -44,6 +45,14 @@ FAMILIES = {
         vision_config=_PIXTRAL, text_config=MistralConfig(**_TEXT, sliding_window=20), image_token_index=IMAGE,
         vision_feature_layer=-1, spatial_merge_size=2,
     ),
+    "gemma3": Gemma3Config(
+        text_config={
+            **_TEXT, "head_dim": 24, "sliding_window": 12, "query_pre_attn_scalar": 40,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        vision_config={**_TOWER, "image_size": 32, "patch_size": 8, "vision_use_head": False}, mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+    ),
     "qwen3_vl": Qwen3VLConfig(
         text_config={
             **_TEXT, "head_dim": 16, "rope_parameters": {
@@ -68,7 +77,10 @@ def images(config, count, generator):
         pixels = torch.randn(count, 3, 8, 24, generator=generator)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[8, 24]] * count)}, 8 * 24 // merged**2
     pixels = torch.randn(count, 3, tower.image_size, tower.image_size, generator=generator)
-    return {"pixel_values": pixels}, (tower.image_size // tower.patch_size) ** 2
+    tokens = (
+        config.mm_tokens_per_image if config.model_type == "gemma3" else (tower.image_size // tower.patch_size) ** 2
+    )
+    return {"pixel_values": pixels}, tokens
 
 
 def batch(config, *, seed=2, length=45):
