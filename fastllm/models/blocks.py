@@ -20,7 +20,7 @@ from .._notices import notice
 from ..kernels.attention import AttentionCase, attention
 from ..kernels.decoder_layer import decoder_layer
 from ..kernels.glu import glu
-from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm
+from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm, qkv_widths
 from ..kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LabelCount,
@@ -36,7 +36,7 @@ from .arch import Arch
 from .logits import LazyLogits
 from .lora_view import group_of
 from .memory import ActivationPlanner
-from .mixed_precision import mixed_precision
+from .mixed_precision import WIDENS, mixed_precision
 from .model_methods import PLANNER, ModelMethods
 from .packed_rows import keep_documents_apart, mask_of_documents, window_of
 
@@ -72,8 +72,18 @@ def mlp_forward(otherwise: Forward) -> Forward:
         if isinstance(groups, str):
             return otherwise(self, x)
         gate_up, down = groups
-        gate, up = project_group(x, gate_up).split([p.out_features for p in gate_up.projections], dim=-1)
+        gate, up = project_group(x, gate_up).chunk(2, dim=-1)
         return project_group(glu(gate, up, _ACTIVATIONS[_activation_name(self)]), down)
+
+    return forward
+
+
+def embedding_forward(otherwise: Forward) -> Forward:
+    """Embeddings in fp32 where the weights are fp16: the residual stream takes its dtype from them."""
+
+    def forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = otherwise(self, input_ids)
+        return embedded.float() if embedded.dtype == torch.float16 else embedded
 
     return forward
 
@@ -102,7 +112,7 @@ def attention_forward(otherwise: Forward) -> Forward:
             )  # fmt: skip
         qkv, output = groups
         assert position_embeddings is not None
-        parts = project_group(hidden_states, qkv).split([p.out_features for p in qkv.projections], dim=-1)
+        parts = project_group(hidden_states, qkv).split(qkv_widths(qkv, output), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         q, k = (getattr(self, name)(x) if hasattr(self, name) else x for name, x in (("q_norm", q), ("k_norm", k)))
         q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
@@ -245,9 +255,17 @@ def model_class(original: Any) -> dict[type, type]:
     return _subclass(original, ModelMethods, forward=causal_lm_forward(original.forward))
 
 
-def causal_lm_arch(model_type: str, module: Any, prefix: str, **options: Any) -> Arch:
-    """The record of a text family whose classes are all called by prefix and suffix; options of `decoder_classes`."""
-    decoder = decoder_classes(module, prefix, **options)
+def embedding_class(original: Any) -> dict[type, type]:
+    """The fast subclass of the embedding of a family whose residual stream passes the range of fp16."""
+    return _subclass(original, forward=embedding_forward(original.forward), **{WIDENS: True})
+
+
+def causal_lm_arch(
+    model_type: str, module: Any, prefix: str, *, more: Mapping[type, type] = {}, **options: Any
+) -> Arch:
+    """The record of a text family whose classes are all called by prefix and suffix; options of `decoder_classes`.
+    `more`: fast classes of further modules of the decoder."""
+    decoder = {**decoder_classes(module, prefix, **options), **more}
     return Arch(model_type, model_class(getattr(module, f"{prefix}ForCausalLM")), decoder)
 
 
@@ -255,9 +273,10 @@ def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
     """(gate and up, down), or why they can't be fused."""
     if _activation(mlp) is None:
         return f"its activation is {_activation_name(mlp)!r}"
-    gate_up = group_of(mlp, "gate_up", (mlp.gate_proj, mlp.up_proj))
+    names = ("gate_up_proj",) if "gate_up_proj" in mlp._modules else ("gate_proj", "up_proj")
+    gate_up = group_of(mlp, "gate_up", [mlp._modules[name] for name in names])
     if isinstance(gate_up, str):
-        return f"gate_proj or up_proj: {gate_up}"
+        return f"{' or '.join(names)}: {gate_up}"
     down = group_of(mlp, "down", (mlp.down_proj,))
     return f"down_proj: {down}" if isinstance(down, str) else (gate_up, down)
 
@@ -267,9 +286,10 @@ def attention_groups(attention_module: Any) -> tuple[ProjectionGroup, Projection
     module = attention_module
     if not getattr(module, "is_causal", True):
         return "its attention sees later tokens"
-    qkv = group_of(module, "qkv", (module.q_proj, module.k_proj, module.v_proj))
+    names = ("qkv_proj",) if "qkv_proj" in module._modules else ("q_proj", "k_proj", "v_proj")
+    qkv = group_of(module, "qkv", [module._modules[name] for name in names])
     if isinstance(qkv, str):
-        return f"q_proj, k_proj or v_proj: {qkv}"
+        return f"{' or '.join(names)}: {qkv}"
     output = group_of(module, "output", (module.o_proj,))
     return f"o_proj: {output}" if isinstance(output, str) else (qkv, output)
 
@@ -280,6 +300,8 @@ def fused_layer(layer: Any) -> DecoderLayer | str:
     for name, module in layer._modules.items():
         if has_foreign_hooks(module):
             return f"a forward hook is registered on {name}"
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            return f"{name} is {module.p}"
     attention_part = attention_groups(attention_module)
     if isinstance(attention_part, str):
         return attention_part
@@ -402,7 +424,8 @@ def _run_decoder(
         # Causal attention never lets a token see padding to its right.
         inputs["attention_mask"] = None
     keep_documents_apart(model.config, inputs)
-    outputs = model.model(**inputs)
+    with mixed_precision(model):
+        outputs = model.model(**inputs)
     outputs.last_hidden_state = outputs.last_hidden_state.to(device)
     return shift_labels.to(device), outputs, count
 
