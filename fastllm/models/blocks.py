@@ -51,8 +51,11 @@ _ACTIVATIONS = {
 }
 # What transformers passes down to attention functions and fastllm's own dispatch serves or may ignore.
 _IGNORABLE = frozenset(
-    {"use_cache", "position_ids", "cache_position", "output_attentions", "output_hidden_states", "documents"}
-)
+    {
+        "use_cache", "position_ids", "cache_position", "output_attentions", "output_hidden_states", "documents",
+        "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask",
+    }
+)  # fmt: skip
 
 
 def norm_forward(*, offset: float = 0.0) -> Forward:
@@ -296,6 +299,8 @@ def attention_groups(attention_module: Any) -> tuple[ProjectionGroup, Projection
 
 def fused_layer(layer: Any) -> DecoderLayer | str:
     """The decoder layer as tensors and numbers, or why it can't run as one node."""
+    if "self_attn" not in layer._modules:
+        return "their attention is cross-attention"
     attention_module, mlp = layer.self_attn, layer.mlp
     for name, module in layer._modules.items():
         if has_foreign_hooks(module):
@@ -372,7 +377,9 @@ def attention_case(
     module: Any, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> AttentionCase:
     """The attention of one call. Other implementations than SDPA are called as transformers calls them."""
-    dropout = module.attention_dropout if module.training else 0.0
+    # Llama 3.2 Vision calls its attention's dropout plainly so.
+    rate = module.attention_dropout if hasattr(module, "attention_dropout") else module.dropout
+    dropout = rate if module.training else 0.0
     implementation = module.config._attn_implementation
     documents, window = kwargs.get("documents"), window_of(module)
     softcap = (module.attn_logit_softcapping or 0.0) if module.caps_scores else 0.0

@@ -147,11 +147,11 @@ def step(model, inputs, *, autocast=None, loss_scale=1.0, seed=3):
     return Step(float(loss.detach()), grads)
 
 
-def float64_twin(adapted):
+def float64_twin(adapted, auto_class=AutoModelForCausalLM):
     """The plain float64 model with the same weights: 4-bit layers become the matrices they stand for."""
     config = copy.deepcopy(adapted.get_base_model().config)
     config.quantization_config = None
-    twin = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    twin = auto_class.from_config(config, dtype=torch.float64)
     source = adapted.get_base_model()
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
