@@ -345,7 +345,7 @@ def _split_needs(layer: DecoderLayer, needs: tuple[bool, ...]) -> tuple[dict[str
 
 def _gate_and_up(layer: DecoderLayer, joined: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     assert joined is not None
-    gate_columns, up_columns = layer.gate_up.row_slices
+    gate_columns, up_columns = layer.gate_up_columns
     return joined[:, gate_columns], joined[:, up_columns]
 
 
@@ -355,7 +355,7 @@ def _heads(
     """Joined rows as q, k, v [B, heads, S, head_dim], views."""
     q, k, v = (
         qkv[:, columns].unflatten(-1, (-1, layer.head_dim)).unflatten(0, (batch, length)).transpose(1, 2)
-        for columns in layer.qkv.row_slices
+        for columns in layer.qkv_columns
     )
     return q, k, v
 
@@ -364,13 +364,13 @@ def _norm_heads(layer: DecoderLayer, raw: torch.Tensor) -> tuple[torch.Tensor, t
     """q and k of joined rows normalised per head, in a new buffer that also takes v."""
     normed = torch.empty_like(raw)
     rstds = []
-    for columns, norm in zip(layer.qkv.row_slices[:2], (layer.query_norm, layer.key_norm), strict=True):
+    for columns, norm in zip(layer.qkv_columns[:2], (layer.query_norm, layer.key_norm), strict=True):
         assert norm is not None
         source = raw[:, columns].reshape(-1, layer.head_dim)
         out, _, rstd = rms_norm_forward(source, norm.weight, norm.eps, offset=norm.offset)
         normed[:, columns] = out.view(raw.shape[0], -1)
         rstds.append(rstd)
-    value_columns = layer.qkv.row_slices[2]
+    value_columns = layer.qkv_columns[2]
     normed[:, value_columns] = raw[:, value_columns]
     return normed, rstds[0], rstds[1]
 
@@ -382,7 +382,7 @@ def _norm_heads_backward(
     assert state.qkv_raw is not None and state.query_rstd is not None and state.key_rstd is not None
     grads = {}
     for columns, name, rstd in zip(
-        layer.qkv.row_slices[:2], ("query_norm", "key_norm"), (state.query_rstd, state.key_rstd), strict=True
+        layer.qkv_columns[:2], ("query_norm", "key_norm"), (state.query_rstd, state.key_rstd), strict=True
     ):
         norm: Norm = getattr(layer, name)
         source = state.qkv_raw[:, columns].reshape(-1, layer.head_dim)

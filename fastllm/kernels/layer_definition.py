@@ -54,6 +54,17 @@ class DecoderLayer:
     attention_out_norm: Norm | None = None
     mlp_out_norm: Norm | None = None
 
+    @property
+    def qkv_columns(self) -> tuple[slice, slice, slice]:
+        """Where q, k and v stand in the joined output, of three matrices or of one (Phi-3)."""
+        queries, keys, _ = qkv_widths(self.qkv, self.output)
+        return slice(0, queries), slice(queries, queries + keys), slice(queries + keys, queries + 2 * keys)
+
+    @property
+    def gate_up_columns(self) -> tuple[slice, slice]:
+        width = self.down.in_features
+        return slice(0, width), slice(width, 2 * width)
+
     def norms(self) -> dict[str, Norm | None]:
         return {name: getattr(self, name) for name in NORMS}
 
@@ -84,6 +95,13 @@ class LayerCall:
             raise ValueError("Keep.OFFLOADED_INPUT needs `offload`, which says where the input goes")
 
 
+def qkv_widths(qkv: ProjectionGroup, output: ProjectionGroup) -> tuple[int, int, int]:
+    """Columns of q, k and v in the output of `qkv`, given the projection that takes as many heads as q has."""
+    queries = output.in_features
+    keys = (qkv.out_features - queries) // 2
+    return queries, keys, keys
+
+
 def decoder_layer_reference(
     x: torch.Tensor, layer: DecoderLayer, cos: torch.Tensor, sin: torch.Tensor, case: AttentionCase
 ) -> torch.Tensor:
@@ -92,16 +110,17 @@ def decoder_layer_reference(
     def norm(value: torch.Tensor, weights: Norm) -> torch.Tensor:
         return rms_norm_reference(value, weights.weight, weights.eps, offset=weights.offset)
 
-    hidden = norm(x, layer.input_norm)
-    q, k, v = (
-        project_reference(hidden, p).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in layer.qkv.projections
-    )
+    def joined(value: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
+        return torch.cat([project_reference(value, projection) for projection in group.projections], dim=-1)
+
+    qkv = joined(norm(x, layer.input_norm), layer.qkv)
+    q, k, v = (qkv[..., c].unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for c in layer.qkv_columns)
     q = q if layer.query_norm is None else norm(q, layer.query_norm)
     k = k if layer.key_norm is None else norm(k, layer.key_norm)
     out = attention_reference(rope_reference(q, cos, sin), rope_reference(k, cos, sin), v, case)
     out = project_reference(out.transpose(1, 2).flatten(2), layer.output.projections[0])
     middle = x + (out if layer.attention_out_norm is None else norm(out, layer.attention_out_norm))
-    hidden = norm(middle, layer.post_norm)
-    gate, up = (project_reference(hidden, p) for p in layer.gate_up.projections)
+    gate_up = joined(norm(middle, layer.post_norm), layer.gate_up)
+    gate, up = (gate_up[..., columns] for columns in layer.gate_up_columns)
     out = project_reference(glu_reference(gate, up, layer.activation), layer.down.projections[0])
     return middle + (out if layer.mlp_out_norm is None else norm(out, layer.mlp_out_norm))

@@ -10,8 +10,8 @@ from typing import Any
 
 # Each is config.model_type and the module of fastllm.models.archs that defines its ARCH.
 _MODEL_TYPES = (
-    "gemma", "gemma2", "gemma3", "gemma3_text", "llama", "llava", "mistral", "mistral3", "qwen2", "qwen2_5_vl",
-    "qwen2_vl", "qwen3", "qwen3_vl",
+    "gemma", "gemma2", "gemma3", "gemma3_text", "llama", "llava", "mistral", "mistral3", "mllama", "phi3", "qwen2",
+    "qwen2_5_vl", "qwen2_vl", "qwen3", "qwen3_vl",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from .._notices import notice
 from ..kernels.attention import AttentionCase, attention
 from ..kernels.decoder_layer import decoder_layer
 from ..kernels.glu import glu
-from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm
+from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm, qkv_widths
 from ..kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LabelCount,
@@ -36,7 +36,7 @@ from .arch import Arch
 from .logits import LazyLogits
 from .lora_view import group_of
 from .memory import ActivationPlanner
-from .mixed_precision import mixed_precision
+from .mixed_precision import WIDENS, mixed_precision
 from .model_methods import PLANNER, ModelMethods
 from .packed_rows import keep_documents_apart, mask_of_documents, window_of
 
@@ -52,7 +52,12 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
 }
 # What transformers passes down to attention functions and fastllm's own dispatch serves or may ignore.
-_IGNORABLE = frozenset({"use_cache", "cache_position", "output_attentions", "output_hidden_states", "documents"})
+_IGNORABLE = frozenset(
+    {
+        "use_cache", "cache_position", "output_attentions", "output_hidden_states", "documents",
+        "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask",
+    }
+)  # fmt: skip
 
 
 def norm_forward(*, offset: float = 0.0) -> Forward:
@@ -72,8 +77,18 @@ def mlp_forward(otherwise: Forward) -> Forward:
         if isinstance(groups, str):
             return otherwise(self, x)
         gate_up, down = groups
-        gate, up = project_group(x, gate_up).split([p.out_features for p in gate_up.projections], dim=-1)
+        gate, up = project_group(x, gate_up).chunk(2, dim=-1)
         return project_group(glu(gate, up, ACTIVATIONS[_activation_name(self)]), down)
+
+    return forward
+
+
+def embedding_forward(otherwise: Forward) -> Forward:
+    """Embeddings in fp32 where the weights are fp16: the residual stream takes its dtype from them."""
+
+    def forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = otherwise(self, input_ids)
+        return embedded.float() if embedded.dtype == torch.float16 else embedded
 
     return forward
 
@@ -102,7 +117,7 @@ def attention_forward(otherwise: Forward) -> Forward:
             )  # fmt: skip
         qkv, output = groups
         assert position_embeddings is not None
-        parts = project_group(hidden_states, qkv).split([p.out_features for p in qkv.projections], dim=-1)
+        parts = project_group(hidden_states, qkv).split(qkv_widths(qkv, output), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         q, k = (getattr(self, name)(x) if hasattr(self, name) else x for name, x in (("q_norm", q), ("k_norm", k)))
         q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
@@ -248,9 +263,17 @@ def model_class(original: Any) -> dict[type, type]:
     return _subclass(original, ModelMethods, forward=causal_lm_forward(original.forward))
 
 
-def causal_lm_arch(model_type: str, module: Any, prefix: str, **options: Any) -> Arch:
-    """The record of a text family whose classes are all called by prefix and suffix; options of `decoder_classes`."""
-    decoder = decoder_classes(module, prefix, **options)
+def embedding_class(original: Any) -> dict[type, type]:
+    """The fast subclass of the embedding of a family whose residual stream passes the range of fp16."""
+    return _subclass(original, forward=embedding_forward(original.forward), **{WIDENS: True})
+
+
+def causal_lm_arch(
+    model_type: str, module: Any, prefix: str, *, more: Mapping[type, type] = {}, **options: Any
+) -> Arch:
+    """The record of a text family whose classes are all called by prefix and suffix; options of `decoder_classes`.
+    `more`: fast classes of further modules of the decoder."""
+    decoder = {**decoder_classes(module, prefix, **options), **more}
     return Arch(model_type, model_class(getattr(module, f"{prefix}ForCausalLM")), decoder)
 
 
@@ -258,9 +281,10 @@ def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
     """(gate and up, down), or why they can't be fused."""
     if _activation(mlp) is None:
         return f"its activation is {_activation_name(mlp)!r}"
-    gate_up = group_of(mlp, "gate_up", (mlp.gate_proj, mlp.up_proj))
+    names = ("gate_up_proj",) if "gate_up_proj" in mlp._modules else ("gate_proj", "up_proj")
+    gate_up = group_of(mlp, "gate_up", [mlp._modules[name] for name in names])
     if isinstance(gate_up, str):
-        return f"gate_proj or up_proj: {gate_up}"
+        return f"{' or '.join(names)}: {gate_up}"
     down = group_of(mlp, "down", (mlp.down_proj,))
     return f"down_proj: {down}" if isinstance(down, str) else (gate_up, down)
 
@@ -270,19 +294,24 @@ def attention_groups(attention_module: Any) -> tuple[ProjectionGroup, Projection
     module = attention_module
     if not getattr(module, "is_causal", True):
         return "its attention sees later tokens"
-    qkv = group_of(module, "qkv", (module.q_proj, module.k_proj, module.v_proj))
+    names = ("qkv_proj",) if "qkv_proj" in module._modules else ("q_proj", "k_proj", "v_proj")
+    qkv = group_of(module, "qkv", [module._modules[name] for name in names])
     if isinstance(qkv, str):
-        return f"q_proj, k_proj or v_proj: {qkv}"
+        return f"{' or '.join(names)}: {qkv}"
     output = group_of(module, "output", (module.o_proj,))
     return f"o_proj: {output}" if isinstance(output, str) else (qkv, output)
 
 
 def fused_layer(layer: Any) -> DecoderLayer | str:
     """The decoder layer as tensors and numbers, or why it can't run as one node."""
+    if "self_attn" not in layer._modules:
+        return "their attention is cross-attention"
     attention_module, mlp = layer.self_attn, layer.mlp
     for name, module in layer._modules.items():
         if has_foreign_hooks(module):
             return f"a forward hook is registered on {name}"
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            return f"{name} is {module.p}"
     attention_part = attention_groups(attention_module)
     if isinstance(attention_part, str):
         return attention_part
@@ -353,7 +382,9 @@ def attention_case(
     module: Any, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> AttentionCase:
     """The attention of one call. Other implementations than SDPA are called as transformers calls them."""
-    dropout = module.attention_dropout if module.training else 0.0
+    # Llama 3.2 Vision calls its attention's dropout plainly so.
+    rate = module.attention_dropout if hasattr(module, "attention_dropout") else module.dropout
+    dropout = rate if module.training else 0.0
     implementation = module.config._attn_implementation
     documents, window = kwargs.get("documents"), window_of(module)
     softcap = (module.attn_logit_softcapping or 0.0) if module.caps_scores else 0.0
@@ -405,7 +436,8 @@ def _run_decoder(
         # Causal attention never lets a token see padding to its right.
         inputs["attention_mask"] = None
     keep_documents_apart(model.config, inputs)
-    outputs = model.model(**inputs)
+    with mixed_precision(model):
+        outputs = model.model(**inputs)
     outputs.last_hidden_state = outputs.last_hidden_state.to(device)
     return shift_labels.to(device), outputs, count
 

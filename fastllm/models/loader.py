@@ -18,6 +18,7 @@ from ..text.rendering import tokenizer_of
 from .arch import arch_of, described, supported_model_types
 from .embedding_offload import offload_embedding
 from .memory import checkpointing_setting
+from .mixed_precision import widens
 from .model_methods import MERGES_MICRO_BATCHES, PLANNER, TOKENIZER, TRAINED_IN_FULL
 from .modes import checkpoint_blocks
 from .patch import adapt
@@ -276,6 +277,8 @@ def _adapt(model: Any, request: LoadRequest) -> None:
         notice(f"fastllm: {text}. The model runs transformers' own forward.")
     setting = checkpointing_setting(request.use_gradient_checkpointing)
     adapt(model, arch, setting)
+    if widens(model):
+        notice("fastllm: the residual stream is held in fp32, as this family's passes the range of fp16")
     checkpoint_blocks(model, setting)
 
 

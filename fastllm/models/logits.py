@@ -33,7 +33,10 @@ class LazyLogits(torch.Tensor):
         """The real tensor; the same one each time."""
         value = self._value
         if value is None:
-            value = self._value = self._transform.of(self._head(self._hidden)).float()
+            hidden, weight = self._hidden, self._head.weight
+            if hidden.dtype == torch.float32 and weight.dtype == torch.float16:
+                hidden = hidden.half()
+            value = self._value = self._transform.of(self._head(hidden)).float()
         return value
 
     def __repr__(self, *, tensor_contents: object = None) -> str:

@@ -125,10 +125,10 @@ def report(model: Any) -> FastReport:
         if not isinstance(fused, str):
             layers.append(LayerReport(name, "fused"))
             continue
-        parts = [
-            part for part in (attention_groups(layer.self_attn), mlp_groups(layer.mlp)) if not isinstance(part, str)
-        ]
-        layers.append(LayerReport(name, "parts" if parts else "transformers", fused))
+        halves = {"self_attn": attention_groups, "mlp": mlp_groups}
+        parts = [find(layer._modules[half]) for half, find in halves.items() if half in layer._modules]
+        is_fused_in_part = any(not isinstance(part, str) for part in parts)
+        layers.append(LayerReport(name, "parts" if is_fused_in_part else "transformers", fused))
     vision = []
     for index, block in enumerate(vision_blocks(model, arch)):
         fused = fused_block(block)

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 
 EPS = 1e-5
 GROUPS = {"qkv": ("q", "k", "v"), "output": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+MERGED_GROUPS = {"qkv": ("qkv",), "output": ("o",), "gate_up": ("gate_up",), "down": ("down",)}
 PARTS = ("weight", "bias", "lora_a", "lora_b")
 # Of y and of each gradient. The whole gradient has the tighter line of `check_layer`.
 LIMIT = Limit(2.0, 3e-6, eager=2.0, rel_max=4.0)
@@ -50,6 +51,7 @@ class Spec:
     has_bias: bool = False
     has_head_norms: bool = False
     has_out_norms: bool = False
+    is_merged: bool = False
     trains_norms: bool = False
     offset: float = 0.0
     activation: str = "silu"
@@ -62,11 +64,19 @@ class Spec:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """[out, in] of each projection."""
         inner, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        if self.is_merged:
+            return {
+                "qkv": (inner + 2 * keys, self.width), "o": (self.width, inner),
+                "gate_up": (2 * self.mlp_width, self.width), "down": (self.width, self.mlp_width),
+            }  # fmt: skip
         return {
             "q": (inner, self.width), "k": (keys, self.width), "v": (keys, self.width), "o": (self.width, inner),
             "gate": (self.mlp_width, self.width), "up": (self.mlp_width, self.width),
             "down": (self.width, self.mlp_width),
         }  # fmt: skip
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        return MERGED_GROUPS if self.is_merged else GROUPS
 
     def norms(self) -> dict[str, int]:
         heads = {"query_norm": self.head_dim, "key_norm": self.head_dim} if self.has_head_norms else {}
@@ -106,7 +116,7 @@ def group_of(spec: Spec, tensors: Mapping, names: tuple[str, ...]) -> Projection
 
 def layer_of(spec: Spec, tensors: Mapping) -> DecoderLayer:
     norms = {name: Norm(tensors[name], EPS, spec.offset) for name in spec.norms()}
-    groups = {group: group_of(spec, tensors, names) for group, names in GROUPS.items()}
+    groups = {group: group_of(spec, tensors, names) for group, names in spec.groups().items()}
     return DecoderLayer(**norms, **groups, activation=spec.activation, head_dim=spec.head_dim)
 
 
@@ -139,7 +149,7 @@ def masks_of(spec: Spec, tensors: Tensors) -> dict[str, torch.Tensor | None]:
     """The dropout masks of each projection, in the order in which the layer draws them."""
     rows = spec.batch * spec.length
     found = {}
-    for names in GROUPS.values():
+    for names in spec.groups().values():
         group = group_of(spec, tensors, names)
         like = torch.empty(rows, group.in_features, device=tensors["input_norm"].device)
         found |= dict(zip(names, dropout_masks(group, like), strict=True))
@@ -159,8 +169,11 @@ def eager_layer(
         parts = (tensors.get(f"{name}_{part}") for part in PARTS)
         return eager.lora_linear(value, *parts, scaling=0.5, mask=mask, dropout=spec.dropout)
 
-    hidden = norm(x, "input_norm")
-    q, k, v = (linear(hidden, name).unflatten(-1, (-1, spec.head_dim)).transpose(1, 2) for name in "qkv")
+    def joined(value: torch.Tensor, group: str) -> torch.Tensor:
+        return torch.cat([linear(value, name) for name in spec.groups()[group]], dim=-1)
+
+    heads = joined(norm(x, "input_norm"), "qkv").unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
+    q, k, v = heads.split([spec.heads, spec.key_heads, spec.key_heads], dim=1)
     if spec.has_head_norms:
         q, k = norm(q, "query_norm"), norm(k, "key_norm")
     q, k = eager.rope(q, k, call.cos, call.sin)
@@ -169,8 +182,8 @@ def eager_layer(
     )
     out = linear(attend(q, k, v).transpose(1, 2).flatten(2), "o")
     middle = x + (norm(out, "attention_out_norm") if spec.has_out_norms else out)
-    hidden = norm(middle, "post_norm")
-    out = linear(eager.glu(linear(hidden, "gate"), linear(hidden, "up"), spec.activation), "down")
+    gate, up = joined(norm(middle, "post_norm"), "gate_up").chunk(2, dim=-1)
+    out = linear(eager.glu(gate, up, spec.activation), "down")
     return middle + (norm(out, "mlp_out_norm") if spec.has_out_norms else out)
 
 
@@ -240,6 +253,8 @@ SPECS = {
     "one_key_head": Spec(key_heads=1, length=17, batch=1),
     "bool_mask": Spec(mask="bool"),
     "additive_mask": Spec(mask="additive", weights="dense"),
+    "merged": Spec(is_merged=True),
+    "merged_trained": Spec(is_merged=True, weights="trained", has_bias=True, rotary_dim=8),
     "dropout": Spec(dropout=0.2),
     "dropout_dense": Spec(dropout=0.2, weights="dense", has_bias=True),
 }
@@ -453,7 +468,7 @@ def test_empty_batch(fp32, keep):
     assert all(t.grad is not None and not t.grad.any() for t in tensors.values())
 
 
-@pytest.mark.parametrize("name", ["llama_dense", "all_trained", "gemma", "gemma3", "bool_mask"])
+@pytest.mark.parametrize("name", ["llama_dense", "all_trained", "gemma", "gemma3", "merged", "bool_mask"])
 def test_reference_is_the_definition(name, device):
     """The reference of the package against the layer as Hugging Face writes it, in float64."""
     spec = dataclasses.replace(SPECS[name], weights="dense")

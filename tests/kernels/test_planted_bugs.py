@@ -387,6 +387,10 @@ LAYER = {
         "weights.take('down'), torch.rand(1), _mlp_output(layer, weights, state, keep=True)",
         checks(check_keep_modes, Spec(dropout=0.3, has_out_norms=True, weights="dense"), on="reference"),
     ),
+    "norms_of_heads_exchanged": Bug(
+        "in zip(layer.qkv_columns[:2], (layer.query_norm", "in zip(layer.qkv_columns[1::-1], (layer.query_norm",
+        layer("qwen3"),
+    ),
     "other_dropout_when_recomputed": Bug(
         "with replayed(ctx.rng, x.device):", "with replayed(None, x.device):",
         checks(check_keep_modes, Spec(dropout=0.3, weights="dense"), on="reference"),

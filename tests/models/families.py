@@ -12,6 +12,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -21,7 +22,9 @@ from fastllm.models.arch import arch_of
 from fastllm.models.lora_view import projection_of
 from fastllm.models.patch import adapt
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS = [
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+]  # fmt: skip
 _COMMON = {
     "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 307, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
@@ -39,6 +42,9 @@ FAMILIES = {
     "mistral": MistralConfig(**_COMMON, sliding_window=16),
     "qwen2": Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_COMMON, head_dim=32),
+    "phi3": Phi3Config(**_COMMON, rope_parameters={
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+    }),
     "gemma": GemmaConfig(**_COMMON, head_dim=24),
     "gemma2": Gemma2Config(
         **_COMMON, head_dim=24, sliding_window=16, query_pre_attn_scalar=40, attn_logit_softcapping=2.0,
@@ -141,11 +147,11 @@ def step(model, inputs, *, autocast=None, loss_scale=1.0, seed=3):
     return Step(float(loss.detach()), grads)
 
 
-def float64_twin(adapted, auto=AutoModelForCausalLM):
+def float64_twin(adapted, auto_class=AutoModelForCausalLM):
     """The plain float64 model with the same weights: 4-bit layers become the matrices they stand for."""
     config = copy.deepcopy(adapted.get_base_model().config)
     config.quantization_config = None
-    twin = auto.from_config(config, dtype=torch.float64)
+    twin = auto_class.from_config(config, dtype=torch.float64)
     source = adapted.get_base_model()
     with torch.no_grad():
         for name, parameter in twin.named_parameters():

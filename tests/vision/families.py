@@ -8,6 +8,7 @@ from transformers import (
     LlavaConfig,
     Mistral3Config,
     MistralConfig,
+    MllamaConfig,
     PixtralVisionConfig,
     Qwen2Config,
     Qwen3VLConfig,
@@ -53,6 +54,14 @@ FAMILIES = {
         vision_config={**_TOWER, "image_size": 32, "patch_size": 8, "vision_use_head": False}, mm_tokens_per_image=4,
         image_token_index=IMAGE,
     ),
+    "mllama": MllamaConfig(
+        text_config={**_TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}, image_token_index=IMAGE,
+        vision_config={
+            **_TOWER, "attention_heads": 2, "num_global_layers": 1, "image_size": 16, "patch_size": 8,
+            "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            "intermediate_layers_indices": [1], "vision_output_dim": 64,
+        },
+    ),
     "qwen3_vl": Qwen3VLConfig(
         text_config={
             **_TEXT, "head_dim": 16, "rope_parameters": {
@@ -63,6 +72,17 @@ FAMILIES = {
         vision_end_token_id=303, tie_word_embeddings=False,
     ),
 }  # fmt: skip
+
+
+def cross_attended(length, generator):
+    """Llama 3.2 Vision's inputs: one image a row, of two tiles and of one; the last row's tokens look at none."""
+    seen = torch.zeros(3, length, 1, 2, dtype=torch.long)
+    seen[0, 5:], seen[1, 2:, :, :1] = 1, 1
+    return {
+        "pixel_values": torch.randn(3, 1, 2, 3, 16, 16, generator=generator), "cross_attention_mask": seen,
+        "aspect_ratio_ids": torch.tensor([[2], [1], [1]]),
+        "aspect_ratio_mask": torch.tensor([[[1, 1]], [[1, 0]], [[1, 0]]]),
+    }  # fmt: skip
 
 
 def images(config, count, generator):
@@ -87,7 +107,10 @@ def batch(config, *, seed=2, length=45):
     """Three rows: one image; two, then padding on the right; none."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 290, (3, length), generator=generator)
-    pictures, size = images(config, 3, generator)
+    if config.model_type == "mllama":
+        pictures, size = cross_attended(length, generator), 1
+    else:
+        pictures, size = images(config, 3, generator)
     labels = ids.clone()
     for row, start in ((0, 5), (1, 2), (1, 4 + size)):
         ids[row, start : start + size] = IMAGE

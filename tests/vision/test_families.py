@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, LlamaConfig, Olmo2Config
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, Olmo2Config
 
 from fastllm.models.arch import arch_of
-from tests.models.families import fast_copy, step, with_lora
+from fastllm.models.vision_layout import outside_the_decoder
+from tests.models.families import fast_copy, float64_twin, step, with_lora
 
 from .families import FAMILIES, batch, llava
 
@@ -16,7 +17,9 @@ FP32_ULP = 2.0**-23
 WHOLE = {torch.float32: 1.25, torch.bfloat16: 1.1}
 WORST = 2.0
 BACKSTOP = {torch.float32: 1e-6, torch.bfloat16: 0.0}
-TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj|.*(visual|vision_tower).*(qkv|q_proj|fc1|gate_proj)"
+TARGETS = (
+    r".*language_model.*\.(q|k|v|o|gate|up|down)_proj|.*(visual|vision_tower|vision_model).*(qkv|q_proj|fc1|gate_proj)"
+)
 
 
 def build(config):
@@ -51,7 +54,10 @@ def in_dtype(inputs, dtype):
 def test_a_step_is_no_farther_from_float64_than_transformers(family, dtype, setting):
     config = FAMILIES[family]
     fast, plain = pair(family, dtype, setting)
-    assert fast.fast_report().num_fused == config.get_text_config().num_hidden_layers
+    text = config.get_text_config()
+    crossing = getattr(text, "cross_attention_layers", [])
+    assert fast.fast_report().num_fused == text.num_hidden_layers - len(crossing)
+    assert ("2 layers run parts: their attention is cross-attention" in str(fast.fast_report())) == bool(crossing)
     assert fast.fast_report().head == "head and loss fused"
     assert [block.path for block in fast.fast_report().vision] == ["fused"] * (2 if family == "qwen3_vl" else 0)
     twin = copy.deepcopy(plain).double()
@@ -72,6 +78,27 @@ def test_a_step_is_no_farther_from_float64_than_transformers(family, dtype, sett
         assert ours["loss"] <= max(1.1 * theirs["loss"], FP32_ULP)
     else:
         assert ours["loss"] <= 2e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_a_4_bit_decoder(family, tmp_path):
+    """The decoder in NF4, all else in fp32."""
+    config = FAMILIES[family]
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=outside_the_decoder(model),
+    )  # fmt: skip
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32)
+    fast, plain = (with_lora(each, target_modules=TARGETS) for each in (fast_copy(plain, setting=True), plain))
+    assert fast.fast_report().num_fused >= 2
+    twin = float64_twin(plain, AutoModelForImageTextToText)
+    inputs = batch(config)
+    truth = step(twin, in_dtype(inputs, torch.float64))
+    ours, theirs = (step(each, inputs).distance(truth) for each in (fast, plain))
+    for kind, factor in {"loss": 1.1, "whole": 1.1, "worst": WORST}.items():
+        assert ours[kind] <= max(factor * theirs[kind], 3e-6), kind
 
 
 @pytest.mark.parametrize("family", FAMILIES)
