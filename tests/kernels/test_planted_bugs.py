@@ -14,9 +14,10 @@ from fastllm.kernels.layer_definition import Keep
 from fastllm.kernels.linear_cross_entropy import LogitTransform
 
 from ..planting import Bug, plant
+from .layers import Spec
 from .parity import OverLimit, Setting
 from .test_attention import check_two_functions, check_under_autograd, masks
-from .test_decoder_layer import SPECS, Spec, check_keep_modes, check_layer
+from .test_decoder_layer import SPECS, check_keep_modes, check_layer
 from .test_glu import check_glu, check_overlay
 from .test_linear_cross_entropy import Case, check_loss, check_statistics
 from .test_lora import DROPOUT, GROUPS, RANK_STABILIZED, check_group
