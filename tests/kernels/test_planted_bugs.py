@@ -14,11 +14,12 @@ from fastllm.kernels.layer_definition import Keep
 from fastllm.kernels.linear_cross_entropy import LogitTransform
 
 from ..planting import Bug, plant
+from .layers import Spec
 from .parity import OverLimit, Setting
 from .test_activation import check_activation
 from .test_activation import check_overlay as check_activation_overlay
 from .test_attention import check_narrowed, check_two_functions, check_under_autograd, masks
-from .test_decoder_layer import SPECS, Spec, check_keep_modes, check_layer
+from .test_decoder_layer import SPECS, check_keep_modes, check_layer
 from .test_glu import check_glu, check_overlay
 from .test_layer_norm import check_add_and_norm as check_add_and_layer_norm
 from .test_layer_norm import check_layer_norm
