@@ -103,6 +103,11 @@ def unchanged(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def plus_one(tensor: torch.Tensor) -> torch.Tensor:
+    """For norms that transformers stores less one."""
+    return tensor.float() + 1
+
+
 @dataclass(slots=True)
 class Layout:
     """The tensors of a GGUF file and where they come from.
