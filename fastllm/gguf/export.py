@@ -27,7 +27,7 @@ from .tensor_types import TensorType
 from .writer import GGUFWriter, gguf_writer
 
 Progress = Callable[[int, int, str], object]
-_NOT_EXPORTED = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector)\.|\.rotary_emb\.inv_freq$")
+_VISION = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector)\.")
 
 
 def export_gguf(
@@ -105,7 +105,9 @@ def _write(streams: list[_Stream], source: str, tensor: torch.Tensor) -> None:
         stream.write(source, tensor)
     if taking:
         return
-    if _NOT_EXPORTED.search(source) or canonical == "lm_head.weight":
+    if canonical.endswith(".rotary_emb.inv_freq"):
+        return
+    if is_vision(canonical) or canonical == "lm_head.weight":
         kind = "the tied head" if canonical == "lm_head.weight" else "the vision part"
         notice(f"fastllm: {kind} is not in the GGUF file", once=f"gguf: {kind}")
         return
@@ -183,6 +185,11 @@ class _Stream:
                     encoded[kind] = quantizer_of(kind).encode(rows, weight)
                 file.write(name, encoded[kind], first_row=i * rows.shape[0])
         self._progress.add(tensor.numel(), name)
+
+
+def is_vision(source: str) -> bool:
+    """Whether a tensor of this name belongs to a vision tower or its projector."""
+    return _VISION.search(source) is not None
 
 
 def canonical_name(source: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .._errors import UnsupportedError, nearest
 from .._notices import notice
-from .architectures import Layout, architecture_of, normalization, projector_of
+from .architectures import Layout, architecture_of, normalization, projector_of, tell_sizes
 from .container import TensorInfo, Value, data_bytes, encode_header, lay_out
 from .recipes import ExplicitRecipe, Recipe, StaticMix, choose_types, fitting_type, static_mix
 from .tensor_types import F16, F32, TensorType
@@ -26,7 +26,7 @@ class ExportPlan:
     """A GGUF file before it is written: everything but the weights.
 
     `layout` says which checkpoint tensor goes where; `tensors` is the table of the file, with the constants of the
-    architecture among them.
+    architecture among them. `mmproj` is the plan of the file with the vision tower that goes beside it.
     """
 
     architecture: str
@@ -34,6 +34,7 @@ class ExportPlan:
     metadata: dict[str, Value]
     layout: Layout
     tensors: list[TensorInfo]
+    mmproj: ExportPlan | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -49,11 +50,13 @@ class ExportPlan:
         return 8 * sum(info.num_bytes for info in self.tensors) / self.num_weights
 
     def describe(self) -> str:
-        """One line: `llama, q4_k_m: 4,920,738,944 bytes, 4.90 bits per weight (Q4_K 193, Q6_K 33, F32 66)`."""
+        """One line, `llama, q4_k_m: 4,920,738,944 bytes, 4.90 bits per weight (Q4_K 193, Q6_K 33, F32 66)`, and one
+        more for the mmproj file of a vision-language model."""
         kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(i.type.name for i in self.tensors).most_common())
+        beside = f"\n{self.mmproj.describe()}" if self.mmproj is not None else ""
         return (
             f"{self.architecture}, {self.quantization}: {self.num_bytes:,} bytes, "
-            f"{self.bits_per_weight:.2f} bits per weight ({kinds})"
+            f"{self.bits_per_weight:.2f} bits per weight ({kinds}){beside}"
         )
 
 
@@ -109,6 +112,7 @@ def mmproj_plan(
         raise UnsupportedError(f"{config.get('model_type')!r} has no vision tower", where="mmproj")
     projector, vision = found
     kind = _mmproj_type(quantization)
+    tell_sizes(projector, vision, image_processor)
     layout = projector.layout(vision)
     metadata: dict[str, Value] = {
         "general.architecture": "clip",

@@ -10,7 +10,7 @@ from .base import Architecture, Layout, ModelConfig, Target
 from .gemma import GEMMA, GEMMA2, GEMMA3
 from .llama import LLAMA
 from .phi3 import PHI3
-from .projectors import Projector, VisionConfig, normalization, projector_of
+from .projectors import Projector, VisionConfig, normalization, projector_of, tell_sizes
 from .qwen import QWEN2, QWEN2VL, QWEN3, QWEN3MOE, QWEN3VL
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -30,6 +30,7 @@ __all__ = [
     "gguf_names",
     "normalization",
     "projector_of",
+    "tell_sizes",
 ]
 
 

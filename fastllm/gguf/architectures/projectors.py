@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..._errors import ModelError, UnsupportedError
+from ..._notices import notice
 from ..container import Value
 from .base import Change, Layout, ModelConfig, finite, plus_one
 
 _EPSILON = 1e-6  # of the norms of the Qwen-VL towers, in transformers' code
+_IMAGE_TOKENS = (8, 4096)  # the fewest and most that llama.cpp gives an image of Qwen-VL
 _GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new")
 
 
@@ -42,13 +44,13 @@ class VisionConfig(ModelConfig):
 class Projector:
     """One of llama.cpp's projector types: how a vision configuration and its tensors become its keys and tensors.
 
-    `prefixes` begin the names of its tensors in a checkpoint. `check` raises `UnsupportedError` for settings that
-    llama.cpp would ignore or get wrong.
+    `check` raises `UnsupportedError` for settings that llama.cpp would ignore or get wrong. `keeps_size`: an image has
+    as many tokens as its size asks for.
     """
 
     name: str
     model_type: str
-    prefixes: tuple[str, ...]
+    keeps_size: bool
     check: Callable[[VisionConfig], None]
     metadata: Callable[[VisionConfig], dict[str, Value]]
     layout: Callable[[VisionConfig], Layout]
@@ -69,6 +71,25 @@ def normalization(image_processor: Mapping[str, Any]) -> dict[str, Value]:
             raise ModelError(f"{key} is {values!r}, not one number for each of three colours", where="image processor")
         keys[f"clip.vision.{key}"] = [finite(key, value) for value in values]
     return keys
+
+
+def tell_sizes(projector: Projector, config: VisionConfig, image_processor: Mapping[str, Any]) -> None:
+    """Tell where llama.cpp, left alone, would show the model images of another size than the processor did."""
+    if image_processor.get("do_pan_and_scan"):
+        notice("fastllm: llama.cpp shows whole images, without the parts of do_pan_and_scan", once="gguf: pan and scan")
+    size = image_processor.get("size") or {}
+    least = size.get("shortest_edge") or image_processor.get("min_pixels")
+    most = size.get("longest_edge") or image_processor.get("max_pixels")
+    if not projector.keeps_size or least is None or most is None:
+        return
+    pixels_per_token = (2 * config.count("patch_size")) ** 2
+    least, most = int(least) // pixels_per_token, int(most) // pixels_per_token
+    if (least, most) != _IMAGE_TOKENS:
+        notice(
+            f"fastllm: the processor gives an image {least} to {most} tokens, llama.cpp {_IMAGE_TOKENS[0]} to"
+            f" {_IMAGE_TOKENS[1]}: run it with --image-min-tokens {least} --image-max-tokens {most}",
+            once=f"gguf: image tokens {least} {most}",
+        )
 
 
 def _common(projector: str, config: VisionConfig, *, image_size: int, inner: int, epsilon: float) -> dict[str, Value]:
@@ -114,8 +135,8 @@ def _check_qwen2_5(config: VisionConfig) -> None:
     expected = list(range(period - 1, config.num_layers, period))
     if list(config.get("fullatt_block_indexes", ())) != expected:
         raise UnsupportedError(
-            f"fullatt_block_indexes={config.get('fullatt_block_indexes')!r}: llama.cpp has full attention in each"
-            f" {period}th layer, {expected}",
+            f"fullatt_block_indexes={config.get('fullatt_block_indexes')!r}: llama.cpp has full attention in one layer"
+            f" of {period}, here {expected}",
             where=f"GGUF export of {config.model_type}",
         )
 
@@ -317,16 +338,16 @@ PROJECTORS = (
     Projector(
         "qwen2vl_merger",
         "qwen2_vl",
-        ("visual.",),
+        True,
         lambda config: _check_qwen(config, "quick_gelu"),
         _metadata_qwen2,
         _layout_qwen2,
     ),
-    Projector("qwen2.5vl_merger", "qwen2_5_vl", ("visual.",), _check_qwen2_5, _metadata_qwen2_5, _layout_qwen2_5),
+    Projector("qwen2.5vl_merger", "qwen2_5_vl", True, _check_qwen2_5, _metadata_qwen2_5, _layout_qwen2_5),
     Projector(
         "qwen3vl_merger",
         "qwen3_vl",
-        ("visual.",),
+        True,
         lambda config: _check_qwen(config, "gelu_pytorch_tanh"),
         _metadata_qwen3,
         _layout_qwen3,
@@ -334,7 +355,7 @@ PROJECTORS = (
     Projector(
         "gemma3",
         "gemma3",
-        ("vision_tower.", "multi_modal_projector."),
+        False,
         _check_gemma3,
         _metadata_gemma3,
         _layout_gemma3,
