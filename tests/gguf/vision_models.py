@@ -118,8 +118,11 @@ def tiny_vision_model(family: str, processor: Any, seed: int = 0, **settings: An
 def make_processor(family: str, folder: Path) -> Any:
     """The processor of the family over a byte-level tokenizer, saved in `folder`."""
     entry = FAMILIES[family]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(save_byte_level_tokenizer(folder))
     tokens = _GEMMA if entry.is_gemma else _QWEN
+    named = dict(zip(("boi_token", "image_token", "eoi_token"), _GEMMA, strict=True)) if entry.is_gemma else {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        save_byte_level_tokenizer(folder), extra_special_tokens=named
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     picture = tokens[0] if entry.is_gemma else "".join(tokens[:3])
     tokenizer.chat_template = (
@@ -130,9 +133,6 @@ def make_processor(family: str, folder: Path) -> Any:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )  # fmt: skip
     if entry.is_gemma:
-        for name, token in zip(("boi_token", "image_token", "eoi_token"), _GEMMA, strict=True):
-            setattr(tokenizer, name, token)
-            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
         images = Gemma3ImageProcessorPil(
             size={"height": 112, "width": 112}, image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.6, 0.7]
         )
