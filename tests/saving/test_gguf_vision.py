@@ -1,74 +1,25 @@
 """`model.save_pretrained_gguf(...)` of vision-language models: two files, which llama.cpp answers from as trained."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from fastllm import FastVisionModel
 from fastllm._errors import ModelError, TokenizerError, UnsupportedError
 from fastllm.gguf import GGUFReader
 
 from ..gguf import faults
-from ..gguf.vision_models import (
-    FAMILIES,
-    QUESTION,
-    VOCAB_SIZE,
-    inputs_of,
-    logprobs,
-    make_processor,
-    picture,
-    tiny_vision_model,
+from ..gguf.vision_models import FAMILIES
+from .vision_checkpoints import (
+    adapted_vision,
+    load_vision,
+    make_vision_base,
+    vision_divergence,
+    vision_on_16_bit_base,
 )
-from .checkpoints import disturb
-
-
-@pytest.fixture(scope="module")
-def vision_base_of(tmp_path_factory):
-    """`vision_base_of(family)`: the folder of its bf16 checkpoint with a processor, made once."""
-    made = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            folder = tmp_path_factory.mktemp("vision") / family
-            folder.mkdir()
-            made[family] = make_vision_base(folder, family)
-        return made[family]
-
-    return get
-
-
-def make_vision_base(folder: Path, family: str) -> Path:
-    processor = make_processor(family, folder)
-    tiny_vision_model(family, processor).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def adapted(folder: Path, bits: int = 16, **options):
-    """(model with a LoRA in tower and decoder whose every part is away from its start, processor)."""
-    model, processor = FastVisionModel.from_pretrained(str(folder), load_in_4bit=bits == 4)
-    model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=8, **options)
-    disturb(model, scale=0.03)
-    return FastVisionModel.for_inference(model), processor
-
-
-def on_16_bit_base(model, base: Path, scratch: Path):
-    """The adapter as PEFT runs it on the base checkpoint in fp32."""
-    model.save_pretrained(scratch)
-    return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), scratch)
-
-
-def divergence(judge, family, written, reference, processor, **options) -> float:
-    """KL(reference || llama.cpp) of the next token after an image and a question."""
-    path, mmproj = written["gguf_files"][0], written["gguf_files"][-1]
-    image = picture(family)
-    expected = logprobs(reference, inputs_of(family, processor, image))
-    with judge.loaded(path, VOCAB_SIZE, mmproj=mmproj, **options) as loaded:
-        got = torch.from_numpy(loaded.image_logprobs(image, QUESTION)).double()
-    return float((expected.exp() * (expected - got)).sum().abs())
 
 
 def tensors_of(path) -> dict[str, torch.Tensor]:
@@ -83,11 +34,11 @@ def tensors_of(path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_files_are_the_adapter_on_the_16_bit_base(judge, vision_base_of, tmp_path, family, bits):
     base = vision_base_of(family)
-    model, processor = adapted(base, bits)
+    model, processor = adapted_vision(base, bits)
     written = model.save_pretrained_gguf(tmp_path / "out", processor, quantization_method="f32", mmproj_type="f32")
-    reference = on_16_bit_base(model, base, tmp_path / "adapter")
-    assert divergence(judge, family, written, reference, processor) < 2e-4
-    assert divergence(judge, family, written, reference.unload(), processor) > 0.01
+    reference = vision_on_16_bit_base(model, base, tmp_path / "adapter")
+    assert vision_divergence(judge, family, written, reference, processor) < 2e-4
+    assert vision_divergence(judge, family, written, reference.unload(), processor) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -95,17 +46,17 @@ def test_the_files_are_the_adapter_on_the_16_bit_base(judge, vision_base_of, tmp
 )
 def test_other_kinds_of_training(judge, vision_base_of, tmp_path, options):
     base = vision_base_of("qwen2_vl")
-    model, processor = adapted(base, **options)
+    model, processor = adapted_vision(base, **options)
     written = model.save_pretrained_gguf(tmp_path / "out", processor, quantization_method="f32", mmproj_type="f32")
-    assert divergence(judge, "qwen2_vl", written, model, processor) < 2e-4
+    assert vision_divergence(judge, "qwen2_vl", written, model, processor) < 2e-4
 
 
 def test_adapters_of_the_tower_are_in_the_mmproj_file_and_others_are_not(vision_base_of, tmp_path):
     base = vision_base_of("qwen2_5_vl")
-    untrained, processor = FastVisionModel.from_pretrained(str(base), load_in_4bit=False)
+    untrained, processor = load_vision(base)
     before = untrained.save_pretrained_gguf(tmp_path / "base", processor)
-    everywhere, _ = adapted(base)
-    language, _ = adapted(base, finetune_vision_layers=False)
+    everywhere, _ = adapted_vision(base)
+    language, _ = adapted_vision(base, finetune_vision_layers=False)
     before, both, text = (
         [tensors_of(path) for path in written["gguf_files"]]
         for written in (
@@ -125,25 +76,18 @@ def test_adapters_of_the_tower_are_in_the_mmproj_file_and_others_are_not(vision_
 
 
 def test_the_model_in_memory_where_the_base_is_gone(judge, tmp_path):
-    import shutil
-
-    base = make_vision_base_in(tmp_path / "base", "gemma3")
-    model, processor = adapted(base)
+    base = make_vision_base(tmp_path / "base", "gemma3")
+    model, processor = adapted_vision(base)
     shutil.rmtree(base)
     written = model.save_pretrained_gguf(tmp_path / "out", processor, quantization_method="f32", mmproj_type="f32")
-    assert divergence(judge, "gemma3", written, model.float(), processor) < 2e-4
-
-
-def make_vision_base_in(folder: Path, family: str) -> Path:
-    folder.mkdir()
-    return make_vision_base(folder, family)
+    assert vision_divergence(judge, "gemma3", written, model.float(), processor) < 2e-4
 
 
 # --- names, the files beside, and what is known before ---------------------------------------------------------------
 
 
 def test_what_is_written_and_returned(vision_base_of, tmp_path, messages):
-    model, processor = adapted(vision_base_of("qwen2_5_vl"))
+    model, processor = adapted_vision(vision_base_of("qwen2_5_vl"))
     plan = model.export_plan("gguf", quantization_method="q8_0", mmproj_type="bf16")
     written = model.save_pretrained_gguf(
         tmp_path / "reader", processor, quantization_method=["q8_0", "f16"], mmproj_type="bf16"
@@ -167,7 +111,7 @@ def test_what_is_written_and_returned(vision_base_of, tmp_path, messages):
 
 
 def test_mmproj_files_are_f16_where_nothing_is_said(vision_base_of, tmp_path):
-    model, processor = adapted(vision_base_of("gemma3"))
+    model, processor = adapted_vision(vision_base_of("gemma3"))
     written = model.save_pretrained_gguf(tmp_path / "out", processor)
     assert [Path(path).name for path in written["gguf_files"]] == ["gemma3.Q8_0.gguf", "mmproj-gemma3-F16.gguf"]
     assert model.export_plan().mmproj.quantization == "f16"
@@ -177,7 +121,7 @@ def test_the_tokenizer_of_the_processor_is_enough_where_the_model_knows_its_own(
     from fastllm.save import save_pretrained_gguf
 
     base = vision_base_of("qwen2_vl")
-    model, processor = adapted(base)
+    model, processor = adapted_vision(base)
     written = model.save_pretrained_gguf(tmp_path / "out", processor.tokenizer)
     assert len(written["gguf_files"]) == 2
     plain = AutoModelForImageTextToText.from_pretrained(base)
@@ -188,7 +132,7 @@ def test_the_tokenizer_of_the_processor_is_enough_where_the_model_knows_its_own(
 
 
 def test_dynamic_quantization_of_the_language_model(judge, vision_base_of, tmp_path):
-    model, processor = adapted(vision_base_of("qwen3_vl"))
+    model, processor = adapted_vision(vision_base_of("qwen3_vl"))
     rows = [{"text": "The quick brown fox jumps over the lazy dog, and asks why it is so. " * 4}] * 4
     written = model.save_pretrained_gguf(
         tmp_path / "out", processor, "dynamic_q4_0", calibration_dataset=rows, max_seq_length=64
@@ -196,19 +140,19 @@ def test_dynamic_quantization_of_the_language_model(judge, vision_base_of, tmp_p
     assert [Path(path).name for path in written["gguf_files"]] == [
         "qwen3_vl.DYNAMIC_Q4_0.gguf", "mmproj-qwen3_vl-F16.gguf"
     ]  # fmt: skip
-    assert divergence(judge, "qwen3_vl", written, model, processor) < 0.5
+    assert vision_divergence(judge, "qwen3_vl", written, model, processor) < 0.5
 
 
 def test_the_adapter_alone(judge, vision_base_of, tmp_path):
     """llama.cpp adds it to the language model; one of the tower it would not."""
     base = vision_base_of("qwen2_5_vl")
-    plain, processor = FastVisionModel.from_pretrained(str(base), load_in_4bit=False)
+    plain, processor = load_vision(base)
     written = plain.save_pretrained_gguf(tmp_path / "base", processor, quantization_method="f32", mmproj_type="f32")
-    model, _ = adapted(base, finetune_vision_layers=False)
+    model, _ = adapted_vision(base, finetune_vision_layers=False)
     lora = model.save_pretrained_gguf(tmp_path / "lora", processor, save_method="lora", quantization_method="f32")
-    reference = on_16_bit_base(model, base, tmp_path / "adapter")
-    assert divergence(judge, "qwen2_5_vl", written, reference, processor, lora=lora["gguf_files"][0]) < 2e-4
-    model, _ = adapted(base)
+    reference = vision_on_16_bit_base(model, base, tmp_path / "adapter")
+    assert vision_divergence(judge, "qwen2_5_vl", written, reference, processor, lora=lora["gguf_files"][0]) < 2e-4
+    model, _ = adapted_vision(base)
     with pytest.raises(UnsupportedError, match="changes the vision part"):
         model.save_pretrained_gguf(tmp_path / "both", processor, save_method="lora")
     assert not (tmp_path / "both_gguf").exists()
@@ -218,7 +162,7 @@ def test_the_adapter_alone(judge, vision_base_of, tmp_path):
 
 
 def test_requests_that_can_not_be_served_write_nothing(vision_base_of, tmp_path):
-    model, processor = adapted(vision_base_of("qwen2_vl"))
+    model, processor = adapted_vision(vision_base_of("qwen2_vl"))
     with pytest.raises(UnsupportedError, match=r"not stored as 'q4_k_m'[\s\S]*f32, f16, bf16, q8_0"):
         model.save_pretrained_gguf(tmp_path / "out", processor, mmproj_type="q4_k_m")
     with pytest.raises(UnsupportedError, match="not stored as 'q8' "):
@@ -230,7 +174,7 @@ def test_requests_that_can_not_be_served_write_nothing(vision_base_of, tmp_path)
 
 
 def test_a_broken_adapter_of_the_tower_leaves_no_file(vision_base_of, tmp_path):
-    model, processor = adapted(vision_base_of("qwen2_vl"))
+    model, processor = adapted_vision(vision_base_of("qwen2_vl"))
     with torch.no_grad():
         model.base_model.model.model.visual.blocks[1].attn.qkv.lora_B["default"].weight[3] = float("inf")
     with pytest.raises(ModelError, match=r"visual.blocks.1.attn.qkv.weight: [\s\S]*not numbers"):
@@ -241,7 +185,7 @@ def test_a_broken_adapter_of_the_tower_leaves_no_file(vision_base_of, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_that_is_killed_at_any_moment(vision_base_of, tmp_path, monkeypatch):
     """Under each final name there is the whole file or nothing."""
-    model, processor = FastVisionModel.from_pretrained(str(vision_base_of("qwen2_vl")), load_in_4bit=False)
+    model, processor = load_vision(vision_base_of("qwen2_vl"))
 
     def save():
         model.save_pretrained_gguf(tmp_path / "out", processor)
