@@ -5,12 +5,14 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fastllm._errors import ModelError, UnsupportedError
 from fastllm.gguf import GGUFReader, export_gguf, export_plan, mmproj_plan, write_lora_gguf
 from fastllm.gguf import export as export_module
-from fastllm.gguf.architectures import projectors
+from fastllm.gguf.architectures import architecture_of, projectors
 from fastllm.gguf.container import GGUFError
+from fastllm.gguf.export import canonical_name
 from fastllm.gguf.quantizers import quantizer_of
 
 from . import vision_models
@@ -296,3 +298,94 @@ def test_an_adapter_file_holds_no_vision_part(family, made, tmp_path):
             adapter_config={"r": 4, "lora_alpha": 8},
             tensors=factors.items(),
         )
+
+
+# What the published configurations say, as they are written by versions of transformers before 5.
+PUBLISHED = {
+    "Qwen2-VL 2B": {
+        "model_type": "qwen2_vl", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768, "vocab_size": 151936,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True, "hidden_act": "silu",
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+                          "hidden_size": 1536, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    },
+    "Qwen2.5-VL 7B": {
+        "model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000, "vocab_size": 152064,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False, "hidden_act": "silu",
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
+                          "num_heads": 16, "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14,
+                          "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+                          "tokens_per_second": 2, "temporal_patch_size": 2},
+    },
+    "Qwen3-VL 4B": {
+        "model_type": "qwen3_vl", "tie_word_embeddings": True,
+        "text_config": {"model_type": "qwen3_vl_text", "hidden_size": 2560, "intermediate_size": 9728,
+                        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+                        "max_position_embeddings": 262144, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+                        "rope_theta": 5000000, "hidden_act": "silu", "attention_bias": False,
+                        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20],
+                                         "rope_type": "default"}},
+        "vision_config": {"model_type": "qwen3_vl", "depth": 24, "hidden_act": "gelu_pytorch_tanh",
+                          "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "in_channels": 3,
+                          "out_hidden_size": 2560, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+                          "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]},
+    },
+    "Gemma 3 4B": {
+        "model_type": "gemma3", "mm_tokens_per_image": 256,
+        "text_config": {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
+                        "num_hidden_layers": 34, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+                        "sliding_window": 1024, "vocab_size": 262208, "max_position_embeddings": 131072,
+                        "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+                        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 896,
+                          "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27,
+                          "patch_size": 14, "vision_use_head": False},
+    },
+}  # fmt: skip
+PIXELS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(name):
+    """Every tensor of the model has one place, in the language model's file or in the tower's."""
+    config = PUBLISHED[name]
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    architecture, text = architecture_of(config)
+    layouts = architecture.layout(text), mmproj_plan(config, PIXELS, "q8_0").layout
+    tied = {"lm_head.weight"} if "lm_head.weight" not in layouts[0].targets else set()
+    for source, tensor in model.state_dict().items():
+        canonical = canonical_name(source)
+        places = [layout.targets[canonical] for layout in layouts if canonical in layout.targets]
+        assert len(places) == (canonical not in tied), source
+        for target in places[0] if places else ():
+            shapes = layouts[0].shapes | layouts[1].shapes
+            assert tuple(target.change(tensor).shape) == shapes[target.name], source
+    sources = {canonical_name(source) for source in model.state_dict()}
+    assert {source for layout in layouts for source in layout.targets} <= sources
+
+
+def test_keys_of_published_models():
+    """As llama.cpp's own converter derives them."""
+    keys = {name: mmproj_plan(config, PIXELS).metadata for name, config in PUBLISHED.items()}
+    assert keys["Qwen2.5-VL 7B"]["clip.vision.n_wa_pattern"] == 8
+    assert keys["Qwen2.5-VL 7B"]["clip.vision.projection_dim"] == 3584
+    assert keys["Qwen2-VL 2B"]["clip.vision.embedding_length"] == 1280
+    assert keys["Qwen3-VL 4B"]["clip.vision.image_size"] == 768
+    assert keys["Gemma 3 4B"]["clip.vision.projector.scale_factor"] == 4
+    stacked = keys["Qwen3-VL 4B"]["clip.vision.is_deepstack_layers"]
+    assert [layer for layer, is_stacked in enumerate(stacked) if is_stacked] == [5, 11, 17]
+    architecture, text = architecture_of(PUBLISHED["Qwen3-VL 4B"])
+    assert architecture.metadata(text)["qwen3vl.n_deepstack_layers"] == 3
+    assert architecture.metadata(text)["qwen3vl.rope.dimension_sections"] == [24, 20, 20, 0]
+
+
+def test_parts_of_an_image_that_llama_cpp_does_not_cut_are_told(capsys):
+    from fastllm._notices import forget_notices
+
+    forget_notices()
+    mmproj_plan(PUBLISHED["Gemma 3 4B"], {**PIXELS, "do_pan_and_scan": True})
+    assert "without the parts of do_pan_and_scan" in capsys.readouterr().out
