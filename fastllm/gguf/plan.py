@@ -13,7 +13,7 @@ from .._errors import UnsupportedError, nearest
 from .._notices import notice
 from .architectures import Layout, architecture_of, normalization, projector_of, tell_sizes
 from .container import TensorInfo, Value, data_bytes, encode_header, lay_out
-from .recipes import ExplicitRecipe, Recipe, StaticMix, choose_types, fitting_type, static_mix
+from .recipes import ExplicitRecipe, Recipe, StaticMix, choose_types, fitting_type, static_mix, tell_narrowed
 from .tensor_types import F16, F32, TensorType
 from .vocabulary import SavedTokenizer, vocabulary_metadata
 
@@ -121,11 +121,13 @@ def mmproj_plan(
         "general.quantized_by": "fastllm",
         "general.quantization_version": QUANTIZATION_VERSION,
         "general.file_type": kind.file_type,
+        "clip.projector_type": projector.name,
     }
     metadata |= projector.metadata(vision) | normalization(image_processor)
-    tensors = lay_out(
-        (tensor, shape, _vision_type(tensor, shape, kind.base)) for tensor, shape in layout.shapes.items()
-    )
+    types = {tensor: _vision_type(tensor, shape, kind.base) for tensor, shape in layout.shapes.items()}
+    fitting = {tensor: fitting_type(types[tensor], shape[-1]) for tensor, shape in layout.shapes.items()}
+    tell_narrowed(types, fitting)
+    tensors = lay_out((tensor, shape, fitting[tensor]) for tensor, shape in layout.shapes.items())
     return ExportPlan("clip", kind.name, metadata, layout, tensors)
 
 
@@ -145,7 +147,7 @@ def _vision_type(name: str, shape: tuple[int, ...], kind: TensorType) -> TensorT
         return F32
     if "patch_embd" in name or name == "mm.input_projection.weight":
         return F16
-    return fitting_type(kind, shape[-1])
+    return kind
 
 
 def _as_recipe(quantization: str | Recipe, config: Mapping[str, Any]) -> Recipe:

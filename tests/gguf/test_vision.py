@@ -389,3 +389,14 @@ def test_parts_of_an_image_that_llama_cpp_does_not_cut_are_told(capsys):
     forget_notices()
     mmproj_plan(PUBLISHED["Gemma 3 4B"], {**PIXELS, "do_pan_and_scan": True})
     assert "without the parts of do_pan_and_scan" in capsys.readouterr().out
+
+
+def test_rows_that_hold_no_whole_blocks_are_f16_and_told(capsys):
+    from fastllm._notices import forget_notices
+
+    forget_notices()
+    plan = mmproj_plan(PUBLISHED["Gemma 3 4B"], PIXELS, "q8_0")
+    kinds = {info.name: info.type.name for info in plan.tensors}
+    assert kinds["v.blk.3.ffn_down.weight"] == "F16"
+    assert kinds["v.blk.3.ffn_up.weight"] == "Q8_0"
+    assert "rows of 27 tensors do not hold whole blocks: v.blk.0.ffn_down.weight Q8_0 -> F16" in capsys.readouterr().out

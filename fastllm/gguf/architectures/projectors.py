@@ -1,7 +1,7 @@
 """Vision towers with their projectors: llama.cpp's `clip`, a file of its own beside the language model's.
 
-Which kind of tower it is, `clip.projector_type` says. A rotary tower (Qwen-VL) is told apart from others by that alone,
-and the merge of 2 by 2 patches, its window of 112 pixels and the two frames of an image are fixed in llama.cpp.
+`clip.projector_type` names the whole tower. What the file can't say is fixed in llama.cpp by that name: the rotary
+positions of Qwen-VL, its merge of 2 by 2 patches, its windows of 112 pixels. Source: llama.cpp's tools/mtmd/clip.cpp.
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ def tell_sizes(projector: Projector, config: VisionConfig, image_processor: Mapp
         )
 
 
-def _common(projector: str, config: VisionConfig, *, image_size: int, inner: int, epsilon: float) -> dict[str, Value]:
+def _common(config: VisionConfig, *, image_size: int, inner: int, epsilon: float) -> dict[str, Value]:
     return {
-        "clip.projector_type": projector,
         "clip.has_vision_encoder": True,
         "clip.vision.image_size": image_size,
         "clip.vision.patch_size": config.count("patch_size"),
@@ -128,6 +127,14 @@ def _check_qwen(config: VisionConfig, activation: str) -> None:
         )
 
 
+def _check_qwen2(config: VisionConfig) -> None:
+    _check_qwen(config, "quick_gelu")
+
+
+def _check_qwen3(config: VisionConfig) -> None:
+    _check_qwen(config, "gelu_pytorch_tanh")
+
+
 def _check_qwen2_5(config: VisionConfig) -> None:
     _check_qwen(config, "silu")
     config.require("window_size", 112, "llama.cpp's windows have 112 pixels", default=112)
@@ -147,17 +154,17 @@ def _window_period(config: VisionConfig) -> int:
     return int(indexes[0]) + 1
 
 
-def _metadata_qwen(name: str, config: VisionConfig, inner: int) -> dict[str, Value]:
+def _metadata_qwen(config: VisionConfig, inner: int) -> dict[str, Value]:
     # These towers take images of any size; 560 is what llama.cpp's own files say.
-    return _common(name, config, image_size=560, inner=inner, epsilon=_EPSILON)
+    return _common(config, image_size=560, inner=inner, epsilon=_EPSILON)
 
 
 def _metadata_qwen2(config: VisionConfig) -> dict[str, Value]:
-    return _metadata_qwen("qwen2vl_merger", config, _qwen2_inner(config))
+    return _metadata_qwen(config, _qwen2_inner(config))
 
 
 def _metadata_qwen2_5(config: VisionConfig) -> dict[str, Value]:
-    return _metadata_qwen("qwen2.5vl_merger", config, config.count("intermediate_size")) | {
+    return _metadata_qwen(config, config.count("intermediate_size")) | {
         "clip.use_silu": True,
         "clip.vision.n_wa_pattern": _window_period(config),
     }
@@ -165,7 +172,6 @@ def _metadata_qwen2_5(config: VisionConfig) -> dict[str, Value]:
 
 def _metadata_qwen3(config: VisionConfig) -> dict[str, Value]:
     keys = _common(
-        "qwen3vl_merger",
         config,
         image_size=_position_side(config) * config.count("patch_size"),
         inner=config.count("intermediate_size"),
@@ -298,7 +304,6 @@ def _tokens_per_side(config: VisionConfig) -> int:
 
 def _metadata_gemma3(config: VisionConfig) -> dict[str, Value]:
     keys = _common(
-        "gemma3",
         config,
         image_size=config.count("image_size"),
         inner=config.count("intermediate_size"),
@@ -335,31 +340,10 @@ def _layout_gemma3(config: VisionConfig) -> Layout:
 
 
 PROJECTORS = (
-    Projector(
-        "qwen2vl_merger",
-        "qwen2_vl",
-        True,
-        lambda config: _check_qwen(config, "quick_gelu"),
-        _metadata_qwen2,
-        _layout_qwen2,
-    ),
+    Projector("qwen2vl_merger", "qwen2_vl", True, _check_qwen2, _metadata_qwen2, _layout_qwen2),
     Projector("qwen2.5vl_merger", "qwen2_5_vl", True, _check_qwen2_5, _metadata_qwen2_5, _layout_qwen2_5),
-    Projector(
-        "qwen3vl_merger",
-        "qwen3_vl",
-        True,
-        lambda config: _check_qwen(config, "gelu_pytorch_tanh"),
-        _metadata_qwen3,
-        _layout_qwen3,
-    ),
-    Projector(
-        "gemma3",
-        "gemma3",
-        False,
-        _check_gemma3,
-        _metadata_gemma3,
-        _layout_gemma3,
-    ),
+    Projector("qwen3vl_merger", "qwen3_vl", True, _check_qwen3, _metadata_qwen3, _layout_qwen3),
+    Projector("gemma3", "gemma3", False, _check_gemma3, _metadata_gemma3, _layout_gemma3),
 )
 _BY_MODEL_TYPE = {projector.model_type: projector for projector in PROJECTORS}
 
