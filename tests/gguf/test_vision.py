@@ -130,17 +130,9 @@ def test_tensors_by_any_of_their_names(family, made, tmp_path):
     model, _, _ = made
     paths = export(made, tmp_path)
     written = [path.read_bytes() for path in paths]
-    older = (
-        [(r"model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head"),
-         ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi", "multi")]
-        if FAMILIES[family].is_gemma
-        else [("model.language_model.", "model."), ("model.visual.", "visual.")]
-    )  # fmt: skip
-
-    def renamed(name: str) -> str:
-        return next((new + name[len(old) :] for old, new in older if name.startswith(old)), name)
-
-    export(made, tmp_path, tensors=[(renamed(name), tensor) for name, tensor in model.named_parameters()])
+    older = [(vision_models.older_name(family, name), tensor) for name, tensor in model.named_parameters()]
+    assert older[0][0] != next(model.named_parameters())[0]
+    export(made, tmp_path, tensors=older)
     assert [path.read_bytes() for path in paths] == written
 
 

@@ -115,6 +115,21 @@ def tiny_vision_model(family: str, processor: Any, seed: int = 0, **settings: An
     return model
 
 
+def older_name(family: str, name: str) -> str:
+    """The name of a tensor in the checkpoints of transformers before version 5, as the published ones have it."""
+    qwen = {"model.language_model.": "model.", "model.visual.": "visual."}
+    gemma = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    for new, old in (gemma if FAMILIES[family].is_gemma else qwen).items():
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
+
+
 def make_processor(family: str, folder: Path) -> Any:
     """The processor of the family over a byte-level tokenizer, saved in `folder`."""
     entry = FAMILIES[family]

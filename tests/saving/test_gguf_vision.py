@@ -3,13 +3,16 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from fastllm._errors import ModelError, TokenizerError, UnsupportedError
-from fastllm.gguf import GGUFReader
+from fastllm.gguf import GGUFReader, atomic
+from fastllm.gguf.atomic import SaveError
 
 from ..gguf import faults
 from ..gguf.vision_models import FAMILIES
@@ -81,6 +84,21 @@ def test_the_model_in_memory_where_the_base_is_gone(judge, tmp_path):
     shutil.rmtree(base)
     written = model.save_pretrained_gguf(tmp_path / "out", processor, quantization_method="f32", mmproj_type="f32")
     assert vision_divergence(judge, "gemma3", written, model.float(), processor) < 2e-4
+
+
+def test_a_tower_in_the_names_of_the_published_checkpoints(vision_base_of, tmp_path):
+    """Gemma's have one more part in them than transformers writes now."""
+    base = vision_base_of("gemma3")
+    older = shutil.copytree(base, tmp_path / "gemma3")
+    tensors = load_file(base / "model.safetensors")
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, older / "model.safetensors", metadata={"format": "pt"})
+    written = [
+        adapted_vision(folder)[0].save_pretrained_gguf(tmp_path / name)["gguf_files"]
+        for name, folder in (("new", base), ("old", older))
+    ]
+    assert [Path(path).read_bytes() for path in written[1]] == [Path(path).read_bytes() for path in written[0]]
 
 
 # --- names, the files beside, and what is known before ---------------------------------------------------------------
@@ -180,6 +198,16 @@ def test_a_broken_adapter_of_the_tower_leaves_no_file(vision_base_of, tmp_path):
     with pytest.raises(ModelError, match=r"visual.blocks.1.attn.qkv.weight: [\s\S]*not numbers"):
         model.save_pretrained_gguf(tmp_path / "out", processor)
     assert list((tmp_path / "out_gguf").iterdir()) == []
+
+
+def test_a_disk_with_room_for_one_of_the_files_only(vision_base_of, tmp_path, monkeypatch):
+    model, processor = adapted_vision(vision_base_of("qwen2_vl"))
+    plan = model.export_plan()
+    needed = plan.num_bytes + plan.mmproj.num_bytes
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(SaveError, match=f"{needed:,} bytes needed, {needed - 1:,} free"):
+        model.save_pretrained_gguf(tmp_path / "out", processor)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
