@@ -132,12 +132,13 @@ def mmproj_plan(
 
 
 def _mmproj_type(quantization: str) -> StaticMix:
-    if quantization not in MMPROJ_TYPES:
+    kind = str(quantization).lower()
+    if kind not in MMPROJ_TYPES:
         raise UnsupportedError(
-            f"an mmproj file is not stored as {quantization!r} {nearest(str(quantization), MMPROJ_TYPES)}".rstrip(),
+            f"an mmproj file is not stored as {quantization!r} {nearest(kind, MMPROJ_TYPES)}".rstrip(),
             where="mmproj_type", fix=f"one of {', '.join(MMPROJ_TYPES)}",
         )  # fmt: skip
-    return static_mix(quantization)
+    return static_mix(kind)
 
 
 def _vision_type(name: str, shape: tuple[int, ...], kind: TensorType) -> TensorType:

@@ -252,6 +252,7 @@ def test_other_requests_that_can_not_be_served(family, made, tmp_path):
     config, settings = model.config.to_dict(), processor.image_processor.to_dict()
     with pytest.raises(UnsupportedError, match=r"not stored as 'q4_k_m'[\s\S]*f32, f16, bf16, q8_0"):
         mmproj_plan(config, settings, "q4_k_m")
+    assert mmproj_plan(config, settings, "BF16").quantization == "bf16"
     with pytest.raises(UnsupportedError, match="no vision tower"):
         mmproj_plan(config["text_config"], settings)
     with pytest.raises(UnsupportedError, match="the vision tower of 'gemma9'"):
