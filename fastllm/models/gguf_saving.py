@@ -1,27 +1,35 @@
 """Saving a trained model as GGUF files: merged tensor by tensor and quantized on the way, with no model in between.
 
-A merge plan (`merge_plan`) says what each tensor is, `fastllm.gguf` where it goes and in which type. What is decided
-without weights, `plan_gguf` answers before any training.
+A merge plan (`merge_plan`) says what each tensor is, `fastllm.gguf` where it goes and in which type. A vision-language
+model becomes two files, the language model and its `mmproj`, in the same pass. What is decided without weights,
+`plan_gguf` answers before any training.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from .._errors import ArgumentError, FastllmError, TokenizerError, UnsupportedError, nearest
+from .._errors import ArgumentError, FastllmError, UnsupportedError, nearest
 from .._notices import notice
-from ..gguf import ExplicitRecipe, ExportPlan, Recipe, export_gguf, export_plan, static_mix, write_lora_gguf
+from ..gguf import (
+    ExplicitRecipe,
+    ExportPlan,
+    Recipe,
+    export_gguf,
+    export_plan,
+    mmproj_plan,
+    static_mix,
+    write_lora_gguf,
+)
 from ..gguf.architectures import Layout, Target, architecture_of
 from ..gguf.atomic import atomic_file, require_space
 from ..gguf.dynamic import candidates, dynamic_base, dynamic_recipe
@@ -32,9 +40,9 @@ from ..gguf.tensor_types import TensorType
 from ..text.ollama import modelfile_of
 from .adapted_weights import read_adapters
 from .calibration import CalibrationData, Moments, calibrate
+from .gguf_processor import chat_template_of, image_settings, processor_of, saved_tokenizer, tokenizer_of
 from .merge_plan import MergePlan, plan_merge
 from .merging import finite_block, merged_config, tell_source
-from .model_methods import TOKENIZER
 from .patch import unwrapped
 
 _DEFAULT = "fast_quantized"
@@ -52,6 +60,7 @@ class GgufRequest:
     folder: Path
     tokenizer: Any = None
     quantization_method: Any = _DEFAULT
+    mmproj_type: str = "f16"
     save_method: str | None = None
     imatrix_file: Any = None
     calibration: CalibrationData | None = None
@@ -72,20 +81,27 @@ class _Method:
         return re.sub(r"[^\w.-]+", "_", f"{'dynamic_' if self.is_dynamic else ''}{self.recipe.name}".upper())
 
 
-def plan_gguf(model: Any, tokenizer: Any = None, quantization_method: Any = _DEFAULT) -> ExportPlan:
+def plan_gguf(
+    model: Any, tokenizer: Any = None, quantization_method: Any = _DEFAULT, mmproj_type: str = "f16"
+) -> ExportPlan:
     """What exporting the model would write, from its configuration and tokenizer alone.
 
     Raises `UnsupportedError` for an architecture, setting or quantization that can't be exported, `TokenizerError` for
     a tokenizer that llama.cpp can't reproduce.
     """
     model = unwrapped(model)
-    method, *others = _methods(GgufRequest(Path(), quantization_method=quantization_method), str(model.dtype))
+    request = GgufRequest(Path(), tokenizer, quantization_method, mmproj_type)
+    method, *others = _methods(request, str(model.dtype))
     if others:
         raise ArgumentError(
             f"got {1 + len(others)} methods", where="export_plan", fix="ask for the plan of one method at a time"
         )
-    with _saved_tokenizer(_tokenizer_of(model, tokenizer)) as tokenizer_dir:
-        return export_plan(model.config.to_dict(), tokenizer_dir, method.recipe, name=base_name(model))
+    with saved_tokenizer(tokenizer_of(model, tokenizer)) as tokenizer_dir:
+        plan = export_plan(
+            model.config.to_dict(), tokenizer_dir, method.recipe, chat_template=chat_template_of(model, tokenizer),
+            name=base_name(model),
+        )  # fmt: skip
+    return replace(plan, mmproj=_mmproj_plan(model, request))
 
 
 def check_request(model: Any, request: GgufRequest) -> None:
@@ -100,7 +116,8 @@ def check_request(model: Any, request: GgufRequest) -> None:
     if request.save_method == "lora":
         _lora_type(request)
         return
-    _tokenizer_of(model, request.tokenizer)
+    tokenizer_of(model, request.tokenizer)
+    _mmproj_plan(model, request)
     methods = _methods(request, str(model.dtype))
     if request.calibration is None and any(method.is_dynamic for method in methods):
         raise ArgumentError(
@@ -122,38 +139,46 @@ def save_gguf(model: Any, request: GgufRequest) -> dict[str, Any]:
     check_request(model, request)
     if request.save_method == "lora":
         return _written(request, [_save_lora(model, request)], None, full_precision=True)
-    tokenizer = _tokenizer_of(model, request.tokenizer)
+    tokenizer = tokenizer_of(model, request.tokenizer)
+    template = chat_template_of(model, request.tokenizer)
     methods = _methods(request, str(model.dtype))
     plan = plan_merge(model)
     tell_source(model, plan)
     source = _Source(model, tokenizer, plan, merged_config(model, plan).to_dict())
-    with _saved_tokenizer(tokenizer) as tokenizer_dir:
+    with saved_tokenizer(tokenizer) as tokenizer_dir:
         paths = {request.folder / f"{base_name(model)}.{method.label}.gguf": method for method in methods}
         static = {
-            path: export_plan(source.config, tokenizer_dir, method.recipe, has_importance=_has_importance(request))
+            path: export_plan(
+                source.config, tokenizer_dir, method.recipe, chat_template=template,
+                has_importance=_has_importance(request),
+            )
             for path, method in paths.items()
-        }
-        require_space({path: static_plan.num_bytes for path, static_plan in static.items()})
+        }  # fmt: skip
+        tower = _mmproj_plan(model, request)
+        towers = {} if tower is None else {_mmproj_path(model, request): tower}
+        require_space({path: planned.num_bytes for path, planned in (static | towers).items()})
         moments = _measured(source, request, dynamic=any(method.is_dynamic for method in methods))
         importance = _importance(source, request, moments)
         outputs: dict[Any, Recipe] = {
             path: _dynamic(source, static[path], request, moments) if method.is_dynamic else method.recipe
             for path, method in paths.items()
         }
-        total = next(iter(static.values())).num_weights
+        total = sum(next(iter(plans.values())).num_weights for plans in (static, towers) if plans)
         with tqdm(total=total, desc="writing GGUF", unit=" weights", unit_scale=True, delay=1) as bar:
             export_gguf(
                 outputs, config=source.config, tokenizer_dir=tokenizer_dir, tensors=merged_tensors(plan, model.device),
-                importance=importance, name=base_name(model), progress=lambda done, _, name: bar.update(done - bar.n),
+                mmproj=dict.fromkeys(towers, request.mmproj_type), importance=importance, chat_template=template,
+                image_processor=image_settings(model, request.tokenizer) if towers else None, name=base_name(model),
+                progress=lambda done, _, name: bar.update(done - bar.n),
             )  # fmt: skip
     for path, recipe in outputs.items():
         if isinstance(recipe, ExplicitRecipe):
             recipe.save(path.with_suffix(".recipe.json"))
-    modelfile = _save_modelfile(tokenizer, next(iter(outputs)))
+    modelfile = _save_modelfile(processor_of(model, request.tokenizer), next(iter(outputs)), next(iter(towers), None))
     beside = "" if modelfile is None else f"; ollama create {base_name(model).lower()} -f {modelfile}"
-    notice(f"fastllm: {len(outputs)} GGUF files are in {request.folder}, written and read back{beside}")
+    notice(f"fastllm: {len(outputs) + len(towers)} GGUF files are in {request.folder}, written and read back{beside}")
     full_precision = any(method.recipe.name in ("f32", "f16", "bf16") for method in methods)
-    return _written(request, list(outputs), modelfile, full_precision=full_precision)
+    return _written(request, [*outputs, *towers], modelfile, full_precision=full_precision, is_vlm=bool(towers))
 
 
 @dataclass(frozen=True)
@@ -339,10 +364,10 @@ def _lora_type(request: GgufRequest) -> str:
     return kind
 
 
-def _save_modelfile(tokenizer: Any, path: Path) -> Path | None:
+def _save_modelfile(tokenizer: Any, path: Path, mmproj: Path | None) -> Path | None:
     """Ollama's Modelfile beside the first GGUF file; None, told with the reason, where the template has no Go form."""
     try:
-        text = modelfile_of(tokenizer, f"./{path.name}")
+        text = modelfile_of(tokenizer, f"./{path.name}", None if mmproj is None else f"./{mmproj.name}")
     except FastllmError as error:
         notice(f"fastllm: no Modelfile is written, Ollama takes the chat template of the GGUF file itself: {error}")
         return None
@@ -353,31 +378,27 @@ def _save_modelfile(tokenizer: Any, path: Path) -> Path | None:
     return target
 
 
-def _written(request: GgufRequest, files: list[Path], modelfile: Path | None, *, full_precision: bool) -> dict:
+def _written(
+    request: GgufRequest, files: list[Path], modelfile: Path | None, *, full_precision: bool, is_vlm: bool = False
+) -> dict:
     return {
         "save_directory": str(request.folder),
         "gguf_directory": str(request.folder),
         "gguf_files": [str(path) for path in files],
         "modelfile_location": None if modelfile is None else str(modelfile),
         "want_full_precision": full_precision,
-        "is_vlm": False,
+        "is_vlm": is_vlm,
         "fix_bos_token": False,
     }
 
 
-def _tokenizer_of(model: Any, tokenizer: Any) -> Any:
-    found = tokenizer if tokenizer is not None else getattr(model, TOKENIZER, None)
-    if found is None:
-        raise TokenizerError(
-            "a GGUF file holds the tokenizer, and none was given", where="save_pretrained_gguf",
-            fix='model.save_pretrained_gguf("folder", tokenizer)',
-        )  # fmt: skip
-    return getattr(found, "tokenizer", found)
+def _mmproj_plan(model: Any, request: GgufRequest) -> ExportPlan | None:
+    """The plan of the mmproj file; None for a model without a vision tower."""
+    config = model.config.to_dict()
+    if config.get("vision_config") is None:
+        return None
+    return mmproj_plan(config, image_settings(model, request.tokenizer), request.mmproj_type, name=base_name(model))
 
 
-@contextmanager
-def _saved_tokenizer(tokenizer: Any) -> Iterator[Path]:
-    """The tokenizer's files in a folder that goes again."""
-    with tempfile.TemporaryDirectory(prefix="fastllm-tokenizer-") as folder:
-        tokenizer.save_pretrained(folder)
-        yield Path(folder)
+def _mmproj_path(model: Any, request: GgufRequest) -> Path:
+    return request.folder / f"mmproj-{base_name(model)}-{request.mmproj_type.upper()}.gguf"

@@ -14,6 +14,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastllm import FastVisionModel
+from fastllm._errors import UnsupportedError
 from fastllm.trainer import UnslothVisionDataCollator
 from tests.models.conftest import make_tokenizer
 
@@ -92,3 +93,12 @@ def test_answers_do_not_depend_on_the_batch(llava):
         alone = processor(images[index], texts[index], return_tensors="pt")
         one = model.generate(**alone, max_new_tokens=8, min_new_tokens=8, do_sample=False)
         assert torch.equal(one[0, -8:], together[index, -8:])
+
+
+def test_gguf_is_refused_before_anything_is_written(llava, tmp_path):
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    with pytest.raises(UnsupportedError, match=r"'llava' can't be exported to GGUF[\s\S]*gemma3[\s\S]*qwen2_5_vl"):
+        model.export_plan("gguf")
+    with pytest.raises(UnsupportedError, match="can't be exported to GGUF"):
+        model.save_pretrained_gguf(tmp_path / "gguf", processor)
+    assert not list(tmp_path.iterdir())
