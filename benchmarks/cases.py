@@ -41,6 +41,11 @@ class Case:
     steps: int = 10
     seconds: int = 60
 
+    @property
+    def work(self) -> tuple:
+        """What decides the arithmetic of a step: cases that agree in it have one limit."""
+        return self.model, self.bits, self.batch, self.sequence, self.accumulate, self.images
+
 
 CASES: dict[str, Case] = {
     "qlora-8b": Case("llama-3.1-8b"),
@@ -111,13 +116,14 @@ CURVE_PEERS = ("hf", "fastllm")
 
 
 def steps(rows: Iterable[tuple[str, tuple[str, ...]]], peers: Iterable[str]) -> Iterator[Step]:
-    """The entries of a plan for these peers: of each case what its peers do, in their order, and then its limits."""
-    peers = list(peers)
+    """The entries of a plan for these peers: of each case what its peers do, in their order, and then its limits, once
+    for cases of the same work."""
+    peers, limited = list(peers), set()
     for case, ways in rows:
         if case == "curves":
             yield from (Step("curve", case, peer, dtype) for dtype in ways for peer in CURVE_PEERS if peer in peers)
             continue
-        yield from (
-            Step("measure", case, peer, way) for peer in peers for way in ways if way in CHECKPOINTING[peer]
-        )  # fmt: skip
-        yield Step("limits", case)
+        yield from (Step("measure", case, peer, way) for peer in peers for way in ways if way in CHECKPOINTING[peer])
+        if CASES[case].work not in limited:
+            limited.add(CASES[case].work)
+            yield Step("limits", case)

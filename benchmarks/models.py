@@ -244,7 +244,9 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     target = checkpoint(options.model, options.folder)
-    print("RESULT " + json.dumps({"model": str(target), "seconds": round(time.perf_counter() - started, 1)}), flush=True)
+    print(
+        "RESULT " + json.dumps({"model": str(target), "seconds": round(time.perf_counter() - started, 1)}), flush=True
+    )
 
 
 if __name__ == "__main__":
