@@ -1,14 +1,14 @@
 """How fast a step could be: the time of the matrix products and the attention that no implementation can leave out.
 
-The floor of a step is the sum, at the rates measured on this GPU by the libraries it comes with, of
+The floor of a step is the sum, at the rates that torch's own libraries reach on this GPU, of
 
 - the base products of each layer, forward and for the gradient of their input (and of the weight in full fine-tuning),
 - attention, forward and backward, by the fastest kernel of torch's that takes it (causal; a soft cap is left out),
 - the head, forward and backward,
 
 with nothing for LoRA, 4-bit weights, norms, activations, the loss, the optimiser and the host. Where activations are
-recomputed from each layer's input, the forward comes once more without `down_proj`: nothing needs its result again. Each
-rate is of a product that runs alone on a rested GPU, with weights that are joined where that is faster.
+recomputed from each layer's input, the forward comes once more without `down_proj`: nothing needs its result again.
+Each rate is of a product that runs alone on a rested GPU, with weights that are joined where that is faster.
 """
 
 from __future__ import annotations
@@ -233,10 +233,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, help="without it: the GPU and its rates")
     options = parser.parse_args()
-    if options.case:
-        found = floor(CASES[options.case], measured_product, measured_attention)
-    else:
-        found = machine()
+    case = CASES.get(options.case)
+    found = floor(case, measured_product, measured_attention) if case else machine()
     print("RESULT " + json.dumps(found), flush=True)
 
 

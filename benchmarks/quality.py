@@ -1,7 +1,7 @@
 """The loss curve of one library: QLoRA of a small Llama, with the same data, order and starting adapters for each.
 
-The base is trained in full by a plain loop on the sources of Python's standard library, in fp32; the adapters then learn
-the sources of one package that it has not read. Everything is made on the spot, from what every machine has.
+The base is trained in full by a plain loop on the sources of Python's standard library, in fp32; the adapters then
+learn the sources of one package that it has not read. Everything is made on the spot, from what every machine has.
 """
 
 from __future__ import annotations

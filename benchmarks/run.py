@@ -5,8 +5,8 @@
     python -m benchmarks.run --cases qlora-8b --ways least
     python -m benchmarks.run --minutes 9                      what fits; the same command again goes on from there
 
-Each measurement is a process of its own, one after the other, on random weights of real shapes and random tokens. After
-each of them the result file is written; what it holds already, for this GPU, these versions and this commit, is skipped.
+Each measurement is a process of its own, one after the other, on random weights of real shapes and random tokens. The
+result file is written after each; what it holds already, for this GPU, these versions and this commit, is skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .cases import CASES, CHECKPOINTING, PLANS, TEXT_PEERS, WAYS, Step, steps
+from .cases import CASES, PLANS, TEXT_PEERS, WAYS, Step, steps
 from .evidence import ROOT, Evidence, environment
 from .peers import MODULES
 
