@@ -76,7 +76,7 @@ class Step(NamedTuple):
     way: str = ""
 
 
-CURVES = ("float32", "bfloat16", "float16")
+CURVES = ("bfloat16", "float16", "float32")
 # name -> (case, ways) in the order of their worth; a session takes them from the top while its time lasts. Cases of one
 # model follow each other, so that its checkpoint is made once.
 PLANS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
@@ -117,13 +117,13 @@ CURVE_PEERS = ("hf", "fastllm")
 
 def steps(rows: Iterable[tuple[str, tuple[str, ...]]], peers: Iterable[str]) -> Iterator[Step]:
     """The entries of a plan for these peers: of each case what its peers do, in their order, and then its limits, once
-    for cases of the same work."""
+    for cases of the same work and never where memory alone is of interest."""
     peers, limited = list(peers), set()
     for case, ways in rows:
         if case == "curves":
             yield from (Step("curve", case, peer, dtype) for dtype in ways for peer in CURVE_PEERS if peer in peers)
             continue
         yield from (Step("measure", case, peer, way) for peer in peers for way in ways if way in CHECKPOINTING[peer])
-        if CASES[case].work not in limited:
+        if not CASES[case].from_start and CASES[case].work not in limited:
             limited.add(CASES[case].work)
             yield Step("limits", case)

@@ -206,6 +206,8 @@ def measured_attention(attention: Attention) -> tuple[float, float]:
         except RuntimeError:  # this kernel does not take these shapes
             continue
         best = min(best, (forward, backward), key=sum)
+    if best[0] == float("inf"):
+        raise RuntimeError(f"no attention kernel of torch's takes {attention}")
     return best
 
 

@@ -101,14 +101,18 @@ def config(shape: str) -> Any:
     return getattr(transformers, f"{family}Config")(**values)
 
 
+def is_made(shape: str, folder: Path) -> bool:
+    return (folder / shape / _DONE).is_file()
+
+
 def checkpoint(shape: str, folder: Path) -> Path:
     """The folder of the checkpoint of a shape, made when it is not there: bf16 weights and a small tokenizer."""
+    target = folder / shape
+    if is_made(shape, folder):
+        return target
     import torch
     import transformers
 
-    target = folder / shape
-    if (target / _DONE).is_file():
-        return target
     family, _ = SHAPES[shape]
     values = config(shape)
     values.architectures, values.dtype = [_class_name(family)], torch.bfloat16

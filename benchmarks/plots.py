@@ -139,7 +139,9 @@ def peers_plot(data: dict[str, Any], case: str = "qlora-8b") -> str:
 
 def frontier_plot(data: dict[str, Any]) -> str:
     """Tokens a second against the memory peak: fastllm's settings and memory limits joined, peers as points."""
-    results = measured(data, ("qlora-8b", "qlora-8b-12g", "qlora-8b-16g", "qlora-8b-24g"))
+    limited = ("qlora-8b-12g", "qlora-8b-16g", "qlora-8b-24g")
+    results = measured(data, ("qlora-8b",))
+    results += [r for r in measured(data, limited) if r["peer"] == "fastllm" and r["way"] == "default"]
     drawing = Drawing(860, 470, "Tokens a second against memory")
     drawing.text(20, 28, describe(results[0]), font_size="16", font_weight="bold")
     drawing.text(20, 48, caption(results), font_size="12")
@@ -171,7 +173,7 @@ def frontier_plot(data: dict[str, Any]) -> str:
         for result in own:
             x, y = place(result)
             drawing.dot(x, y, COLORS[peer])
-            limit = f"{result.get('memory_gib', 0):.0f} GiB allowed"
+            limit = f"{result.get('memory_gib', 0):.0f} GiB limit"
             setting = limit if result.get("memory_gib") else WAYS[result["way"]]
             near = [words for a, b, words in labels if math.hypot(x - a, y - b) < 24]
             if near:  # settings that come out at one place share a label
@@ -179,10 +181,14 @@ def frontier_plot(data: dict[str, Any]) -> str:
             else:
                 labels.append((x, y, [setting]))
         for x, y, words in labels:
-            drop, color = LABEL_DROP[peer], COLORS[peer]
+            words = " = ".join(dict.fromkeys(words))
+            color = COLORS[peer]
+            if words.endswith("GiB limit"):
+                drawing.text(x - 5, y - 8, words, "end", font_size="11", fill=color)
+                continue
+            drop = -9 if peer == "fastllm" and WAYS["none"] in words else LABEL_DROP[peer]
             dx, anchor = (-9, "end") if x > 600 else (9, "start")
-            words = f"{NAMES[peer]}, {' = '.join(dict.fromkeys(words))}"
-            drawing.text(x + dx, y + drop, words, anchor, font_size="12", fill=color)
+            drawing.text(x + dx, y + drop, f"{NAMES[peer]}, {words}", anchor, font_size="12", fill=color)
     return drawing.done()
 
 

@@ -23,11 +23,12 @@ from typing import Any
 
 from .cases import CASES, PLANS, TEXT_PEERS, WAYS, Step, steps
 from .evidence import ROOT, Evidence, environment
+from .models import is_made
 from .peers import MODULES
 
 # Guesses of time are for fastllm. A peer that compiles its kernels first, or is slower, takes this many times as long.
 PEER_FACTOR = {"hf": 1.5, "liger": 1.5, "unsloth": 1.5}
-CURVE_SECONDS = 90
+CURVE_SECONDS, CHECKPOINT_SECONDS = 90, 40
 # Nothing is fetched, and no statistics of use are sent, while something is measured.
 QUIET = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -74,8 +75,11 @@ class Session:
         """A guess of the time that a step takes, so that none is started that can't end."""
         if step.kind == "curve":
             return CURVE_SECONDS
-        guess = CASES[step.case].seconds
-        return guess / 3 if step.kind == "limits" else guess * PEER_FACTOR.get(step.peer, 1.0)
+        case = CASES[step.case]
+        if step.kind == "limits":
+            return case.seconds / 3
+        making = 0 if is_made(case.model, self.options.models) else CHECKPOINT_SECONDS
+        return making + case.seconds * PEER_FACTOR.get(step.peer, 1.0)
 
     def run(self, step: Step) -> dict[str, Any]:
         models = self.options.models.resolve()
@@ -84,11 +88,13 @@ class Session:
         if step.kind == "curve":
             size = "toy" if self.options.plan == "smoke" else "small"
             return self.child("quality", peer=step.peer, dtype=step.way, size=size, models=models)
-        made = self.child("models", model=CASES[step.case].model, folder=models)
-        if "error" in made:
-            return made
+        model = CASES[step.case].model
+        if not is_made(model, models):
+            made = self.child("models", model=model, folder=models)
+            if "error" in made:
+                return made
         return self.child(
-            "worker", case=step.case, peer=step.peer, way=step.way, model=made["model"], profile=self.options.profile
+            "worker", case=step.case, peer=step.peer, way=step.way, model=models / model, profile=self.options.profile
         )
 
 
