@@ -116,14 +116,14 @@ CURVE_PEERS = ("hf", "fastllm")
 
 
 def steps(rows: Iterable[tuple[str, tuple[str, ...]]], peers: Iterable[str]) -> Iterator[Step]:
-    """The entries of a plan for these peers: of each case what its peers do, in their order, and then its limits, once
-    for cases of the same work and never where memory alone is of interest."""
+    """The entries of a plan for these peers: of each case its limits, once for cases of the same work and not where
+    memory alone is of interest, and then what its peers do, in their order."""
     peers, limited = list(peers), set()
     for case, ways in rows:
         if case == "curves":
             yield from (Step("curve", case, peer, dtype) for dtype in ways for peer in CURVE_PEERS if peer in peers)
             continue
-        yield from (Step("measure", case, peer, way) for peer in peers for way in ways if way in CHECKPOINTING[peer])
         if not CASES[case].from_start and CASES[case].work not in limited:
             limited.add(CASES[case].work)
             yield Step("limits", case)
+        yield from (Step("measure", case, peer, way) for peer in peers for way in ways if way in CHECKPOINTING[peer])

@@ -169,6 +169,7 @@ def _line(step: Step, entry: dict[str, Any]) -> str:
     return (
         f"{head} {entry['tokens_per_s']:>7,} tokens/s, peak {entry['peak_reserved_gib']:6.2f} GiB reserved, "
         f"load {entry['load_s']:5.1f} s, first step {entry['first_step_s']:5.2f} s, loss {entry['losses'][0]:.4f}"
+        + (f", {entry['share']['of_floor']:.0%} of the limit" if "share" in entry else "")
     )
 
 
