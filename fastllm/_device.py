@@ -93,7 +93,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device.index) * total) - reserved
         return max(0, min(free, allowed)) + reserved - torch.cuda.memory_allocated(device)
     if device.type == "xpu":
         free, _ = torch.xpu.mem_get_info(device)
