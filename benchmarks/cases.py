@@ -16,6 +16,8 @@ CHECKPOINTING: dict[str, dict[str, bool | str]] = {
     "unsloth": {"least": "unsloth", "none": False},
     "fastllm": {"least": "offload", "none": False, "default": "fastllm"},
 }
+# What a user of each library gets who asks for nothing; those of Hugging Face leave the choice to their users.
+DEFAULT_WAY = {"fastllm": "default", "unsloth": "least"}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from .cases import DEFAULT_WAY
+
 COLORS = {"fastllm": "#1668b8", "unsloth": "#c8671b", "liger": "#5f9137", "hf": "#777777"}
 NAMES = {"fastllm": "fastllm", "unsloth": "Unsloth", "liger": "Liger + PEFT", "hf": "transformers + PEFT"}
 WAYS = {"least": "least memory", "none": "no recomputation", "default": "default"}
@@ -101,7 +103,9 @@ def describe(result: dict[str, Any]) -> str:
 def peers_plot(data: dict[str, Any], case: str = "qlora-8b") -> str:
     """Bars of tokens a second and of the memory peak, peers side by side in each way of holding activations."""
     results = measured(data, (case,))
-    groups = [(way, [r for r in results if r["way"] == way]) for way in ("default", "none", "least")]
+    groups = [(way, [r for r in results if r["way"] == way]) for way in ("none", "least")]
+    own = {r["peer"]: "default" for r in results if r["way"] == "default"}
+    groups.insert(0, ("default", [r for r in results if r["way"] == {**DEFAULT_WAY, **own}.get(r["peer"])]))
     groups = [
         (way, sorted(members, key=lambda r: -r["tokens_per_s"])) for way, members in groups if len(members) > 1
     ]  # fmt: skip
