@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastllm._device import free_bytes
 from fastllm._errors import ArgumentError
 from fastllm.kernels.layer_definition import Keep
 from fastllm.models import memory
@@ -44,6 +45,18 @@ def plan(monkeypatch, layer, free, *, tokens=4096, layers=32, device="cuda", res
     planner = ActivationPlanner(layers, "fastllm")
     planner.reserved_bytes = reserved
     return planner._make_plan(layer, tokens, torch.device(device), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 70 + 2), (0.5, 40 - 10 + 2), (0.1, 2)])
+def test_the_limit_of_a_process_counts(monkeypatch, fraction, expected):
+    """80 GiB in all, 70 free; this process holds 10, of which 2 are unused."""
+    known = {
+        "mem_get_info": (70 * GIB, 80 * GIB), "memory_reserved": 10 * GIB, "memory_allocated": 8 * GIB,
+        "get_per_process_memory_fraction": fraction,
+    }  # fmt: skip
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == expected * GIB
 
 
 @pytest.mark.parametrize("free", [0, GIB // 4, GIB, 2 * GIB, 8 * GIB, 64 * GIB])
