@@ -7,7 +7,6 @@ or is left out, and it is said.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,9 @@ import torch.nn.functional as F
 from ._errors import ArgumentError, DataError, FastllmError, UnsupportedError
 from ._notices import notice, warn
 from .images import ImageSize, open_image
-from .text.encoding import IGNORED, token_range
+from .text.encoding import IGNORED, RowEncoder, is_trained, token_range, tools_of
 from .text.formats import conversation_column, messages_of, without_nulls
-from .text.rendering import ChatRenderer, Message, tokenizer_of
-from .text.response_spans import ResponseFinder
+from .text.rendering import Message, tokenizer_of
 from .text.responses import train_on_responses_only as responses_of
 from .text.sandbox import TemplateError
 from .videos import Video, open_video
@@ -53,11 +51,11 @@ class VisionDataCollator:
     """Turns rows with messages, images and videos into a batch for training.
 
     Rows are `{"messages": [...]}`, `{"conversations": [...]}`, `{"prompt": ..., "completion": ...}`, `{"text": ...}` or
-    a list of messages. Images stand in the messages, `{"type": "image", "image": ...}`, or in a column `images` (or
-    `image`), in the order of the messages' image parts; without such parts they go before the first question. Each is
-    anything that `fastllm.images.open_image` opens. Videos likewise: `{"type": "video", "video": ..., "fps": ...}`, or
-    a column `videos` (or `video`), anything that `fastllm.videos.open_video` takes. Rows without media may stand beside
-    rows with some.
+    a list of messages, with `tools` and `chat_template_kwargs` for the chat template. Images stand in the messages,
+    `{"type": "image", "image": ...}`, or in a column `images` (or `image`), in the order of the messages' image parts;
+    without such parts they go where the text says `<image>`, or before the first question. Each is anything that
+    `fastllm.images.open_image` opens. Videos likewise: `{"type": "video", "video": ..., "fps": ...}`, or a column
+    `videos` (or `video`), anything that `fastllm.videos.open_video` takes. Rows without media may stand beside others.
 
     Args:
         max_seq_length: tokens of a row, those of images and videos included; the model's where left out.
@@ -106,6 +104,7 @@ class VisionDataCollator:
         vision = getattr(model.config, "vision_config", None)
         self.processor = processor
         self.tokenizer = tokenizer_of(processor)
+        self._encoder = RowEncoder(processor)
         self.max_seq_length = max_seq_length or getattr(model, "max_seq_length", None)
         self._is_limited = max_seq_length is not None
         self.formatting_func = formatting_func
@@ -142,14 +141,6 @@ class VisionDataCollator:
                 where="padding_free", fix="leave padding_free out: the batch is then padded",
             )  # fmt: skip
         self.padding_free = True
-
-    @functools.cached_property
-    def _finder(self) -> ResponseFinder:
-        return ResponseFinder(self._renderer)
-
-    @functools.cached_property
-    def _renderer(self) -> ChatRenderer:
-        return ChatRenderer(self.processor)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, `labels` [rows, tokens], and what the model takes for its images and videos.
@@ -202,12 +193,14 @@ class VisionDataCollator:
         if isinstance(prompt, str) and isinstance(completion, str):
             text = prompt + completion
             spans = [(len(prompt), len(text))] if self.completion_only_loss else None
+        elif isinstance(prompt, list) and isinstance(completion, list):
+            messages, media = placed_media(messages_of({"messages": prompt + completion}), media)
+            text, spans = self._rendered(messages, row, len(prompt) if self.completion_only_loss else 0)
         elif prompt is not None and completion is not None:
-            messages, media = placed_media(messages_of({"messages": [*prompt, *completion]}), media)
-            text, spans = self._rendered(messages, len(prompt) if self.completion_only_loss else 0)
+            raise DataError("prompt and completion must both be text or both be messages")
         elif conversation_column(row) is not None:
             messages, media = placed_media(messages_of(row), media)
-            text, spans = self._rendered(messages)
+            text, spans = self._rendered(messages, row)
         elif isinstance(row.get("text"), str):
             text = row["text"]
         else:
@@ -216,12 +209,16 @@ class VisionDataCollator:
         self._check_placeholders(example)
         return example
 
-    def _rendered(self, messages: list[Message], first: int = 0) -> tuple[str, list[Span] | None]:
+    def _rendered(
+        self, messages: list[Message], row: Mapping[str, Any], first: int = 0
+    ) -> tuple[str, list[Span] | None]:
         """The text of a conversation, and what of it is trained: answers from message `first` on; None for all."""
+        finder, tools = self._encoder.finder(row.get("chat_template_kwargs")), tools_of(row)
         if not (first or self.responses_only) or self._by_markers is not None:
-            return self._renderer.render(messages), None
-        found = self._finder.find(messages)
-        spans = [(span.start, span.end) for span in found.spans if span.message >= first]
+            return finder.renderer.render(messages, tools), None
+        found = finder.find(messages, tools)
+        trained = [span for span in found.spans if span.message >= first and is_trained(messages[span.message])]
+        spans = [(span.start, span.end) for span in trained]
         return found.text, spans[-1:] if self.last_response_only else spans
 
     def _opened(self, text: str, spans: list[Span] | None, media: Media) -> Example:
@@ -271,6 +268,12 @@ class VisionDataCollator:
             raise DataError(
                 f"the processor refuses it: {str(error).splitlines()[0]}", where=examples[0].name
             ) from error
+        ragged = [name for name in self.processor.model_input_names if isinstance(batch.get(name), list)]
+        if ragged:
+            raise UnsupportedError(
+                f"{type(self.processor).__name__} gives {', '.join(ragged)} as lists, which make no batch",
+                where=examples[0].name, fix="bring the images to one size with resize=(width, height)",
+            )  # fmt: skip
         batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         self._check_counts(batch, examples)
         return batch
@@ -319,7 +322,9 @@ class VisionDataCollator:
 
     def _trained(self, ids: torch.Tensor, length: int, example: Example) -> torch.Tensor:
         """Which of a row's tokens its spans cover."""
-        encoding = self.tokenizer.backend_tokenizer.encode(example.text, add_special_tokens=False)
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()  # that of the batch before
+        encoding = backend.encode(example.text, add_special_tokens=False)
         wanted = [False] * len(encoding.ids)
         for start, end in example.spans or ():
             first, after = token_range(encoding, start, end, len(example.text))

@@ -44,7 +44,11 @@ def column_media(row: Mapping[str, Any]) -> Media:
 
 
 def placed_media(messages: list[Message], columns: Media) -> tuple[list[Message], Media]:
-    """The messages with bare parts, and their media in order: the columns' for the parts that hold none."""
+    """The messages with bare parts, and their media in order: the columns' for the parts that hold none.
+
+    Where no message has parts for a column's media, they stand where the text says `<image>` or `<video>`; where it
+    does not, before the first question.
+    """
     waiting = {"image": list(columns.images), "video": list(columns.videos)}
     found: dict[str, list[Any]] = {"image": [], "video": []}
     result = []
@@ -54,18 +58,51 @@ def placed_media(messages: list[Message], columns: Media) -> tuple[list[Message]
             message = {**message, "content": [_bare_part(part, waiting, found) for part in content]}
         result.append(message)
     unplaced = [kind for kind, sources in waiting.items() if sources and not found[kind]]
-    if unplaced:
+    places = []
+    for kind in unplaced:
+        marked = sum(text.count(f"<{kind}>") for message in result for text in _own_texts(message))
+        if marked not in (0, len(waiting[kind])):
+            raise DataError(f"its messages say <{kind}> {marked} times, and its column has {len(waiting[kind])}")
+        if marked:
+            result = [_with_places(message, kind) for message in result]
+        else:
+            places += [{"type": kind} for _ in waiting[kind]]
+    if places:
         first = next((i for i, message in enumerate(result) if message["role"] == "user"), 0)
-        content = result[first].get("content") or ""
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        places = [{"type": kind} for kind in unplaced for _ in waiting[kind]]
-        result[first] = {**result[first], "content": [*places, *parts]}
+        result[first] = {**result[first], "content": [*places, *_parts(result[first])]}
     for kind, sources in waiting.items():
         if sources and kind not in unplaced:
             total = len(sources) + len(found[kind])
             raise DataError(f"its column has {total} {kind}s, {len(sources)} more than its messages have places for")
         found[kind] += sources
     return result, Media(found["image"], found["video"])
+
+
+def _parts(message: Message) -> list[Any]:
+    content = message.get("content") or ""
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _own_texts(message: Message) -> list[str]:
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in _parts(message)]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _with_places(message: Message, kind: str) -> Message:
+    """A part in place of each `<image>` of a message's text."""
+    marker = f"<{kind}>"
+    if not any(marker in text for text in _own_texts(message)):
+        return message
+    parts: list[Any] = []
+    for part in _parts(message):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            parts.append(part)
+            continue
+        for number, piece in enumerate(text.split(marker)):
+            parts += [{"type": kind}] if number else []
+            parts += [{"type": "text", "text": piece}] if piece else []
+    return {**message, "content": parts}
 
 
 def _bare_part(part: Any, waiting: dict[str, list[Any]], found: dict[str, list[Any]]) -> Any:
