@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from fastllm import FastVisionModel
 from fastllm._errors import DataError, MissingPackageError, UnsupportedError
@@ -22,6 +23,7 @@ class FrameProcessor:
     """Patches of videos in the layout of the Qwen-VL families, for machines without torchvision."""
 
     merge_size, temporal_patch_size = MERGE, 2
+    model_input_names = ["pixel_values_videos", "video_grid_thw"]
 
     def __call__(self, videos, video_metadata, **options):
         patches, grids = [], []
@@ -185,6 +187,17 @@ def test_padding_free_rows_with_videos(collate, loaded, family):
     model = FastVisionModel.get_peft_model(model, r=2, use_gradient_checkpointing=False)
     distance = step(model, flat).distance(step(model, padded))
     assert distance["loss"] <= 1e-6 and distance["whole"] <= 6e-6 and distance["worst"] <= 2e-5, distance
+
+
+def test_greedy_answers_to_videos_are_those_of_transformers(collate, loaded, checkpoint):
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    prompt = collate(mixed_rows()[2])
+    prompt = {name: value for name, value in prompt.items() if name != "labels"}
+    ours, theirs = (
+        m.generate(**prompt, max_new_tokens=16, do_sample=False)
+        for m in (FastVisionModel.for_inference(loaded[0]), plain)
+    )
+    assert torch.equal(ours, theirs) and ours.shape[1] > prompt["input_ids"].shape[1]
 
 
 def test_seconds_are_not_rounded(checkpoints):
