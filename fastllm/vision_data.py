@@ -67,7 +67,8 @@ class VisionDataCollator:
         completion_only_loss: loss on the completion of `prompt` and `completion` rows.
         pad_to_multiple_of: of the batch's length.
         padding_free: lay the rows of a batch end to end in one, with positions that keep them apart, so that no token
-            is padding. For models whose fast layers take such rows.
+            is padding. For models whose fast layers take such rows. `SFTConfig(padding_free=True)` asks for the same,
+            and `packing=True` also puts whole rows together, up to its `max_length`.
         ignore_index: the label of what is not trained: padding, media tokens, and what the above leave out.
         num_proc: accepted, and not needed.
 
@@ -147,7 +148,8 @@ class VisionDataCollator:
 
         Padding-free: `input_ids`, `labels` [1, tokens], `position_ids` [.., 1, tokens] instead of `attention_mask`.
         """
-        examples = [self._named(self._example, row, number) for number, row in enumerate(rows)]
+        rows = [row for item in rows for row in _unpacked(item)]
+        examples = [self._named(self._example, row, f"row {number} of the batch") for number, row in enumerate(rows)]
         batch = self._processed(examples)
         kept = [index for index, example in enumerate(examples) if self._fits(batch, index, example)]
         if not kept:
@@ -170,7 +172,16 @@ class VisionDataCollator:
         pixels = {name for name, value in batch.items() if value.is_floating_point()} - _EXACT
         return {name: value.to(self._dtype) if name in pixels else value for name, value in batch.items()}
 
-    def _named(self, make: Callable[[Row], Example], row: Row, number: int) -> Example:
+    def count_tokens(self, row: Row, number: int) -> int | None:
+        """Tokens of row `number` of a data set, as a batch has them: cut to the length; None for a row that is left
+        out, which is said. Errors: those of a batch."""
+        example = self._named(self._example, row, f"row {number} of the data set")
+        batch = self._processed([example])
+        if not self._fits(batch, 0, example):
+            return None
+        return min(batch["input_ids"].shape[1], self.max_seq_length or batch["input_ids"].shape[1])
+
+    def _named(self, make: Callable[[Row], Example], row: Row, place: str) -> Example:
         """The example of a row; what is wrong with it is told with the row's place and its first words."""
         try:
             example = make(row)
@@ -178,9 +189,9 @@ class VisionDataCollator:
             kind, cause, fix = DataError, str(error), ""
             if isinstance(error, FastllmError):
                 kind, cause, fix = type(error), error.cause, error.fix
-            place = ", ".join(filter(None, (describe(row, number), getattr(error, "where", ""))))
+            place = ", ".join(filter(None, (describe(row, place), getattr(error, "where", ""))))
             raise kind(cause, where=place, fix=fix) from error
-        example.name = describe(row, number)
+        example.name = describe(row, place)
         return example
 
     def _example(self, row: Row) -> Example:
@@ -360,6 +371,11 @@ class VisionDataCollator:
             tail = torch.arange(filling).expand(*positions.shape[:-1], -1)
             flat["position_ids"] = torch.cat([positions, tail], dim=-1)
         return flat
+
+
+def _unpacked(item: Any) -> list[Row]:
+    """The rows of a group that was packed to a length; any other row as it is."""
+    return item["packed"] if isinstance(item, Mapping) and "packed" in item else [item]
 
 
 def _by_token(batch: Mapping[str, torch.Tensor]) -> list[str]:

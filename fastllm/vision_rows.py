@@ -147,9 +147,8 @@ def _unsupported(kind: str) -> UnsupportedError:
     )
 
 
-def describe(row: Any, number: int) -> str:
+def describe(row: Any, place: str) -> str:
     """Where the row stands, with its own name if it has one, or its first words."""
-    place = f"row {number} of the batch"
     if isinstance(row, Mapping):
         if row.get("id") is not None:
             return f"{place}, id {row['id']!r}"
