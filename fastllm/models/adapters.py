@@ -15,6 +15,7 @@ from torch import nn
 
 from .._errors import ArgumentError, MissingPackageError, UnsupportedError, nearest, reject_unknown
 from .._notices import notice, warn
+from .embedding_offload import is_offloaded
 from .memory import checkpointing_setting
 from .mixed_precision import hold_in_fp32
 from .model_methods import CHECKPOINTING, PLANNER, TRAINED_IN_FULL
@@ -65,6 +66,7 @@ def add_adapter(model: Any, request: AdapterRequest, known: Iterable[str]) -> An
         return model
     setting = checkpointing_setting(request.use_gradient_checkpointing)
     targets, in_full = _targets(model, request)
+    _refuse_offloaded(model, in_full)
     set_seed(request.random_state)
     config = LoraConfig(
         r=_rank(request.r),
@@ -187,6 +189,16 @@ def _targets(model: Any, request: AdapterRequest) -> tuple[list[str] | str, list
         notice(f"fastllm: {', '.join(moved)} in target_modules is trained in full, in fp32, instead of by LoRA")
     in_full += [name for name in moved if name not in in_full]
     return [name for name in targets if name not in moved], _existing(model, in_full, "modules_to_save")
+
+
+def _refuse_offloaded(model: Any, in_full: Sequence[str]) -> None:
+    embedding = unwrapped(model).get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    if is_offloaded(embedding) and any(name == part or name.endswith(f".{part}") for part in in_full):
+        raise ArgumentError(
+            f"{name} is in host memory, where it is not trained", where="get_peft_model",
+            fix="from_pretrained(..., offload_embedding=False)",
+        )  # fmt: skip
 
 
 def listed_targets(targets: Sequence[str] | str) -> list[str] | str:

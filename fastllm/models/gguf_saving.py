@@ -6,8 +6,10 @@ without weights, `plan_gguf` answers before any training.
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +22,13 @@ from tqdm.auto import tqdm
 from .._errors import ArgumentError, FastllmError, TokenizerError, UnsupportedError, nearest
 from .._notices import notice
 from ..gguf import ExplicitRecipe, ExportPlan, Recipe, export_gguf, export_plan, static_mix, write_lora_gguf
-from ..gguf.architectures import architecture_of, gguf_names
+from ..gguf.architectures import Layout, Target, architecture_of
 from ..gguf.atomic import atomic_file, require_space
 from ..gguf.dynamic import candidates, dynamic_base, dynamic_recipe
 from ..gguf.export import canonical_name
 from ..gguf.importance import load_imatrix
-from ..gguf.sensitivity import embedding_divergences, expected_divergences
+from ..gguf.sensitivity import SAMPLED_ROWS, embedding_divergences, expected_divergences
+from ..gguf.tensor_types import TensorType
 from ..text.ollama import modelfile_of
 from .adapted_weights import read_adapters
 from .calibration import CalibrationData, Moments, calibrate
@@ -162,14 +165,29 @@ class _Source:
     plan: MergePlan
     config: Mapping[str, Any]
 
-    def gguf_name(self, weight_name: str) -> str | None:
-        """The one GGUF tensor that a linear weight becomes; a tied head is the embedding. None for split ones."""
-        names = gguf_names(self.config)
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        architecture, config = architecture_of(self.config)
+        return architecture.layout(config)
+
+    def targets(self, weight_name: str) -> list[Target]:
+        """The GGUF tensors that a weight becomes; a tied head is the embedding."""
         canonical = canonical_name(weight_name)
-        if canonical == "lm_head.weight" and canonical not in names:
+        if canonical == "lm_head.weight" and canonical not in self._layout.targets:
             canonical = "model.embed_tokens.weight"
-        targets = names.get(canonical, ())
-        return targets[0] if len(targets) == 1 else None
+        return self._layout.targets.get(canonical, [])
+
+    def num_experts(self, target: Target) -> int:
+        """Of the GGUF tensor that a checkpoint's tensor is one expert of; 1 where it is a whole tensor."""
+        return 1 if target.expert is None else self._layout.shapes[target.name][0]
+
+    def of_columns(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values for the columns of weights, by GGUF tensor."""
+        return {target.name: value for name, value in values.items() for target in self.targets(name)}
+
+    def of_rows(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values for the rows of weights, by GGUF tensor, in the order that its rows have there."""
+        return {target.name: target.change(value) for name, value in values.items() for target in self.targets(name)}
 
 
 def merged_tensors(plan: MergePlan, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -236,8 +254,7 @@ def _importance(source: _Source, request: GgufRequest, moments: Moments) -> dict
     """E[x^2] by GGUF name: from a file, or measured."""
     given = request.imatrix_file
     if given is None:
-        named = ((source.gguf_name(name), mean) for name, mean in moments.inputs.items())
-        return {name: mean for name, mean in named if name is not None} or None
+        return source.of_columns(moments.inputs) or None
     if isinstance(given, bool):
         raise UnsupportedError(
             "importance matrices are not downloaded", where="imatrix_file",
@@ -248,22 +265,22 @@ def _importance(source: _Source, request: GgufRequest, moments: Moments) -> dict
 
 def _dynamic(source: _Source, static: ExportPlan, request: GgufRequest, moments: Moments) -> ExplicitRecipe:
     """The recipe for this model within the size asked for, the static mix's own where none is."""
-    columns = {source.gguf_name(name): mean for name, mean in moments.inputs.items()}
-    rows = {source.gguf_name(name): mean for name, mean in moments.gradients.items()}
-    embeddings = {source.gguf_name(name): importance for name, importance in moments.embeddings.items()}
     kinds = candidates(static)
-    divergences: dict[str, dict[str, float]] = {}
+    divergences: dict[str, Counter[str]] = {}
+    columns, rows = source.of_columns(moments.inputs), source.of_rows(moments.gradients)
+    embeddings = source.of_rows(moments.embeddings)
     with tqdm(total=static.num_weights, desc="measuring types", unit=" weights", unit_scale=True, delay=1) as bar:
         for name, tensor in merged_tensors(source.plan, source.model.device):
-            target = source.gguf_name(name)
-            found = []
-            if target in kinds and target in columns:
-                x2, g2 = columns[target], rows[target]
-                found.append(expected_divergences(tensor, kinds[target], importance=x2, output_importance=g2))
-            if target in kinds and target in embeddings:  # a tied one is the head too
-                found.append(embedding_divergences(tensor, kinds[target], embeddings[target]))
-            if target is not None and found:
-                divergences[target] = {kind: sum(costs[kind] for costs in found) for kind in found[0]}
+            for target in source.targets(name):
+                measured = target.name in columns, target.name in embeddings  # a tied embedding is the head too
+                if target.name not in kinds or not any(measured):
+                    continue
+                weight, allowed = target.change(tensor), kinds[target.name]
+                costs = divergences.setdefault(target.name, Counter())  # to which each expert adds its own
+                if measured[0]:
+                    costs.update(_divergences(source, target, weight, allowed, columns, rows))
+                if measured[1]:
+                    costs.update(embedding_divergences(weight, allowed, embeddings[target.name]))
             bar.update(tensor.numel())
     left = [name for name in kinds if name not in divergences]
     if left:
@@ -272,6 +289,22 @@ def _dynamic(source: _Source, static: ExportPlan, request: GgufRequest, moments:
     return dynamic_recipe(
         static, divergences, bits_per_weight=request.target_bpw, max_size=request.max_size, notes=notes
     )
+
+
+def _divergences(
+    source: _Source,
+    target: Target,
+    weight: torch.Tensor,
+    kinds: list[TensorType],
+    columns: Mapping[str, torch.Tensor],
+    rows: Mapping[str, torch.Tensor],
+) -> dict[str, float]:
+    """What each type would cost a whole tensor, or one expert of it."""
+    x2, g2 = columns[target.name], rows[target.name]
+    if target.expert is not None:
+        x2, g2 = x2[target.expert], g2[target.expert]
+    sampled_rows = max(1, SAMPLED_ROWS // source.num_experts(target))
+    return expected_divergences(weight, kinds, importance=x2, output_importance=g2, sampled_rows=sampled_rows)
 
 
 def _save_lora(model: Any, request: GgufRequest) -> Path:

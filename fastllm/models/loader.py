@@ -16,8 +16,9 @@ from .._errors import ArgumentError, ModelError, UnsupportedError
 from .._notices import notice, warn
 from ..text.rendering import tokenizer_of
 from .arch import get_arch, supported_model_types
+from .embedding_offload import offload_embedding
 from .memory import checkpointing_setting
-from .model_methods import PLANNER, TOKENIZER, TRAINED_IN_FULL
+from .model_methods import MERGES_MICRO_BATCHES, PLANNER, TOKENIZER, TRAINED_IN_FULL
 from .modes import checkpoint_blocks
 from .patch import adapt
 from .processor import load_processor
@@ -55,6 +56,8 @@ class LoadRequest:
     config: Any = None
     patch: bool = True
     strict: bool = False
+    merge_micro_batches: bool = True
+    offload_embedding: bool = False
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -96,9 +99,12 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
     tokenizer = _load_tokenizer(request, source, max_seq_length)
     settle_tokens(tokenizer_of(tokenizer), model, repair=request.fix_tokenizer)
     setattr(model, TOKENIZER, tokenizer)
+    setattr(model, MERGES_MICRO_BATCHES, request.merge_micro_batches)
     model.max_seq_length = max_seq_length
     if request.full_finetuning:
         _train_everything(model)
+    if request.offload_embedding:
+        offload_embedding(model)
     if source.adapter is not None:
         model = _attach_adapter(model, source.adapter, request)
     notice(_banner(source, precision, device, max_seq_length, time.perf_counter() - started))

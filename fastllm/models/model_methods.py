@@ -17,10 +17,18 @@ TOKENIZER = "_fastllm_tokenizer"
 # On a model without a planner: its `use_gradient_checkpointing`, which transformers' own checkpointing carries out.
 CHECKPOINTING = "_fastllm_checkpointing"
 TRAINED_IN_FULL = "_fastllm_trained_in_full"
+MERGES_MICRO_BATCHES = "_fastllm_merges_micro_batches"
 
 
 class ModelMethods:
     """Mixed into the class of a loaded model. Also reached through a `PeftModel`, which passes unknown names on."""
+
+    @property
+    def device(self) -> Any:
+        """Where the model computes; an embedding in host memory does not count."""
+        from .embedding_offload import device_of
+
+        return device_of(self)  # pyright: ignore[reportArgumentType]
 
     def fast_report(self) -> FastReport:
         """Which layers run fused, which do not, and why."""
@@ -56,6 +64,26 @@ class ModelMethods:
                 return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self.train(was_training)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def fast_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate`. Raises `UnsupportedError` for what only vLLM takes: prompts as text, `sampling_params`,
+        `lora_request`."""
+        from .._errors import UnsupportedError
+
+        prompts = [*args[:1], *(kwargs[name] for name in ("prompts", "inputs", "input_ids") if name in kwargs)]
+        texts = any(isinstance(p, str) or (isinstance(p, list) and p and isinstance(p[0], str)) for p in prompts)
+        only_vllm = [name for name in ("sampling_params", "lora_request") if kwargs.get(name) is not None]
+        if texts or only_vllm:
+            raise UnsupportedError(
+                f"{', '.join(only_vllm) or 'a prompt as text'} is for generation through vLLM, which is not part of "
+                "this version", where="fast_generate",
+                fix='model.generate(**tokenizer(text, return_tensors="pt").to(model.device), max_new_tokens=64)',
+            )  # fmt: skip
+        return self.generate(*args, **kwargs)
+
+    def save_lora(self, save_directory: str | os.PathLike[str]) -> Any:
+        """The active adapter as a PEFT folder: `save_pretrained_merged(..., save_method="lora")`."""
+        return self.save_pretrained_merged(save_directory, save_method="lora")
 
     def save_pretrained_merged(
         self,

@@ -13,6 +13,7 @@ from .._notices import notice
 from ..packing import grouped
 from ..vision_data import VisionDataCollator
 from .blocks import head_reason, token_losses
+from .micro_batches import merge_micro_batches
 from .model_methods import CHECKPOINTING, PLANNER, ModelMethods
 from .patch import unwrapped
 from .row_list import PackedRows, is_rows, rows_dataset
@@ -50,10 +51,11 @@ def construct(config: type, original: Callable[..., None], trainer: Any, kwargs:
     with _head_adapter_hidden(base, can_serve_head):
         original(trainer, **kwargs)
     _restore_dtypes(model, dtypes)
-    if type(trainer).__name__ == "SFTTrainer":
+    if config.__name__ == "SFTConfig":
         _check_labels(trainer)
         if can_serve_head:
             _bind_fused_head(base)
+            merge_micro_batches(trainer, base)
 
 
 def fused_head(trl_forward: Callable[..., Any]) -> Callable[..., Any]:

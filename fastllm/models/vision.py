@@ -63,6 +63,7 @@ class FastModel:
         text_only: bool = False,
         patch: bool = True,
         strict: bool = False,
+        merge_micro_batches: bool = True,
         **options: Any,
     ) -> tuple[Any, Any]:
         """Load a checkpoint, or an adapter together with its base. Returns `(model, processor)` for a model that sees

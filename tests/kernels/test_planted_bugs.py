@@ -15,9 +15,13 @@ from fastllm.kernels.linear_cross_entropy import LogitTransform
 
 from ..planting import Bug, plant
 from .parity import OverLimit, Setting
-from .test_attention import check_two_functions, check_under_autograd, masks
+from .test_activation import check_activation
+from .test_activation import check_overlay as check_activation_overlay
+from .test_attention import check_narrowed, check_two_functions, check_under_autograd, masks
 from .test_decoder_layer import SPECS, Spec, check_keep_modes, check_layer
 from .test_glu import check_glu, check_overlay
+from .test_layer_norm import check_add_and_norm as check_add_and_layer_norm
+from .test_layer_norm import check_layer_norm
 from .test_linear_cross_entropy import Case, check_loss, check_statistics
 from .test_lora import DROPOUT, GROUPS, RANK_STABILIZED, check_group
 from .test_nf4 import check_dequantize
@@ -123,21 +127,62 @@ ROPE = {
     ),
 }  # fmt: skip
 
-GLU = {
+LAYER_NORM = {
+    "mean_not_taken_away": Bug(
+        "centered = tl.where(live, x - mean[:, None], 0.0)", "centered = tl.where(live, x, 0.0)",
+        checks(check_layer_norm, 7, 100),
+    ),
+    "variance_of_the_padding": Bug(
+        "centered = tl.where(live, x - mean[:, None], 0.0)", "centered = x - mean[:, None]",
+        checks(check_layer_norm, 7, 100),
+    ),
+    "eps_missing": Bug(
+        "tl.sum(centered * centered, axis=1) / width + eps", "tl.sum(centered * centered, axis=1) / width",
+        checks(check_layer_norm, 7, 100),
+    ),
+    "backward_without_the_mean_of_dy": Bug("- level[:, None]", "", checks(check_layer_norm, 7, 100)),
+    "backward_without_the_mean_of_x": Bug(
+        "normed = tl.where(live, (x - mean[:, None])", "normed = tl.where(live, x", checks(check_layer_norm, 7, 100)
+    ),
+    "gradients_of_the_last_rows_only": Bug(
+        "db += tl.sum(dy, axis=0)", "db = tl.sum(dy, axis=0)", checks(check_layer_norm, 515, 2049)
+    ),
+    "weight_and_bias_gradients_exchanged": Bug(
+        "dw, db = partial.sum(1)", "db, dw = partial.sum(1)", checks(check_layer_norm, 7, 100)
+    ),
+    "residual_gradient_dropped": Bug(
+        "HAS_RESIDUAL=residual_grad is not None", "HAS_RESIDUAL=False", checks(check_add_and_layer_norm, 7, 100)
+    ),
+    "statistics_in_16_bit": Bug(
+        "centered = x.to(accumulate)", "centered = x",
+        checks(check_layer_norm, 7, 100, on="reference", dtype=torch.float16),
+    ),
+}  # fmt: skip
+
+ACTIVATION = {
     "slope_term_dropped": Bug(
-        "slope = sigmoid * (1.0 + x * (1.0 - sigmoid))", "slope = sigmoid", checks(check_glu, 5, 97)
+        "slope = sigmoid * (1.0 + x * (1.0 - sigmoid))", "slope = sigmoid", checks(check_activation, 5, 97, name="silu")
     ),
     "tanh_slope_constant": Bug(
-        "3.0 * 0.044715", "2.0 * 0.044715", checks(check_glu, 5, 97, activation="gelu_tanh")
+        "3.0 * 0.044715", "2.0 * 0.044715", checks(check_activation, 5, 97, name="gelu_tanh")
     ),
+    "quick_slope_without_its_factor": Bug(
+        "1.0 + 1.702 * x", "1.0 + x", checks(check_activation, 5, 97, name="quick_gelu")
+    ),
+    "y_never_written": Bug(
+        "STORE_Y=y_out is not None", "STORE_Y=False", checks(check_activation_overlay, "quick_gelu")
+    ),
+    "other_gelu": Bug(
+        '"tanh" if name == "gelu_tanh" else "none"', '"none" if name else "tanh"',
+        checks(check_activation, 5, 97, name="gelu_tanh", on="reference"),
+    ),
+}  # fmt: skip
+
+GLU = {
     "gradient_of_gate_without_up": Bug(
         "(dh * up * slope)", "(dh * slope)", checks(check_glu, 5, 97)),
     "h_never_written": Bug(
         "STORE_H=h_out is not None", "STORE_H=False", checks(check_overlay)),
-    "other_gelu": Bug(
-        '"tanh" if activation == "gelu_tanh" else "none"', '"none" if activation else "tanh"',
-        checks(check_glu, 5, 97, activation="gelu_tanh", on="reference"),
-    ),
 }  # fmt: skip
 
 NF4 = {
@@ -272,10 +317,19 @@ ATTENTION = {
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "not_causal": Bug(
-        "is_causal=mask is None", "is_causal=False", checks(check_two_functions, "plain", None, on="auto")
+        "is_causal=mask is None and case.causal", "is_causal=False",
+        checks(check_two_functions, "plain", None, on="auto"),
+    ),
+    "always_causal": Bug(
+        "is_causal=mask is None and case.causal", "is_causal=mask is None",
+        checks(check_two_functions, "plain", None, causal=False, on="auto"),
+    ),
+    "documents_joined": Bug(
+        "torch.cat([_differentiable(whole)(*part) for part in parts], dim=2)", "_differentiable(whole)(q, k, v)",
+        checks(check_narrowed, "segments", "autograd", on="auto"),
     ),
     "default_scale": Bug(
-        "is_causal=mask is None, scale=case.scaling,", "is_causal=mask is None,",
+        "case.causal, scale=case.scaling,\n            enable_gqa", "case.causal,\n            enable_gqa",
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "key_heads_in_the_wrong_order": Bug(
@@ -324,8 +378,8 @@ LAYER = {
 }  # fmt: skip
 
 BUGS = {
-    "rms_norm": RMS_NORM, "rope": ROPE, "glu": GLU, "nf4": NF4, "lora": LORA, "linear_cross_entropy": LOSS,
-    "attention": ATTENTION, "decoder_layer": LAYER,
+    "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "glu": GLU, "nf4": NF4,
+    "lora": LORA, "linear_cross_entropy": LOSS, "attention": ATTENTION, "decoder_layer": LAYER,
 }  # fmt: skip
 
 
