@@ -121,7 +121,8 @@ def test_documents_stay_apart_under_full_logits(device, training):
     documents = documents_of(config)
     model.train(training)
     with torch.set_grad_enabled(training):
-        packed, alone = (model(**inputs).loss for inputs in (in_one_row(documents, device), padded(documents, device)))
+        losses = [model(**inputs).loss for inputs in (in_one_row(documents, device), padded(documents, device))]
+    packed, alone = (loss.detach() for loss in losses)
     assert float(packed) == pytest.approx(float(alone), rel=1e-6)
 
 
