@@ -50,9 +50,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 # What transformers passes down to attention functions and fastllm's own dispatch serves or may ignore.
-_IGNORABLE = frozenset(
-    {"use_cache", "position_ids", "cache_position", "output_attentions", "output_hidden_states", "documents"}
-)
+_IGNORABLE = frozenset({"use_cache", "cache_position", "output_attentions", "output_hidden_states", "documents"})
 
 
 def norm_forward(*, offset: float = 0.0) -> Forward:
@@ -140,6 +138,7 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
             return call(hidden_states)
         assert position_embeddings is not None
         cos, sin = position_embeddings
+        kwargs["position_ids"] = position_ids  # flash-attn keeps documents apart by them
         case = attention_case(self.self_attn, hidden_states, attention_mask, kwargs)
         keep = Keep.ALL
         if torch.is_grad_enabled():
@@ -168,9 +167,11 @@ def causal_lm_forward(otherwise: Forward) -> Forward:
     ) -> CausalLMOutputWithPast:
         targets = labels if labels is not None else kwargs.get("shift_labels")
         reason = "there are no labels" if targets is None else head_reason(self)
+        is_step = self.training and torch.is_grad_enabled()
+        if use_cache is None and targets is not None and (is_step or position_ids is not None):
+            # Nobody reads this cache; with one no layer runs fused, and transformers lets packed rows see each other.
+            use_cache = False
         if reason is None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            if use_cache is None and self.training and torch.is_grad_enabled():
-                use_cache = False  # nobody reads a training step's cache, and with one no layer runs fused
             loss, outputs = _fused_loss(
                 self, labels, use_cache=use_cache, input_ids=input_ids, attention_mask=attention_mask,
                 position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs,

@@ -69,6 +69,8 @@ def _packed_documents(inputs: dict[str, Any], batch: int, length: int, device: t
     offsets, positions = inputs.get(_OFFSETS), inputs.get("position_ids")
     if offsets is not None and batch == 1:
         return _given_documents(offsets, inputs.get(_LONGEST), length, device)
+    if positions is not None and positions.dim() == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # the text's, before those of M-RoPE
     if positions is None or positions.dim() != 2 or positions.shape[-1] != length or length < 2:
         return None
     return Documents.from_position_ids(positions, batch)

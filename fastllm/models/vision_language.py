@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .._compat import composes_angles
 from .arch import Arch
 from .blocks import decoder_classes, model_class
+from .row_positions import MultimodalPositions
 
 
-def vision_language_arch(model_type: str, original: Any, decoder: Mapping[type, type] | None = None) -> Arch:
-    """The record of `original`, e.g. `LlavaForConditionalGeneration`. Without `decoder`: around any known decoder."""
+def vision_language_arch(
+    model_type: str,
+    original: Any,
+    decoder: Mapping[type, type] | None = None,
+    row_positions: Callable[[Any], Any] | None = None,
+) -> Arch:
+    """The record of `original`, e.g. `LlavaForConditionalGeneration`. Without `decoder`: around any known decoder.
+
+    `row_positions` of a model counts the positions of rows that are laid end to end, for a collator; None for a family
+    whose rows could not be kept apart.
+    """
     model = model_class(original)
     fast: Any = model[original]
     # generate() reads from the signature which inputs the model takes.
     fast.forward = functools.wraps(original.forward)(fast.forward)
     # The fused loss divides by the tokens of the whole optimiser batch; transformers' is left to average.
     fast.accepts_loss_kwargs = True
+    fast.row_positions = None if row_positions is None else property(row_positions)
     return Arch(model_type, model, decoder, layers="model.language_model.layers")
 
 
@@ -30,4 +41,7 @@ def qwen_vl_arch(
     if not composes_angles(getattr(module, f"{text_prefix}RotaryEmbedding")):
         return None
     decoder = decoder_classes(module, text_prefix, names=names)
-    return vision_language_arch(model_type, getattr(module, f"{prefix}ForConditionalGeneration"), decoder)
+    original = getattr(module, f"{prefix}ForConditionalGeneration")
+    return vision_language_arch(
+        model_type, original, decoder, lambda model: MultimodalPositions(type(model.model), model.config)
+    )

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import DataCollatorWithFlattening
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from fastllm import FastLanguageModel
@@ -107,6 +110,21 @@ def test_evaluation_keeps_documents_apart(device):
     assert float(packed) == pytest.approx(float(alone), rel=1e-6)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_documents_stay_apart_under_full_logits(device, training):
+    """Where the loss can't be fused, transformers' own forward serves."""
+    config = FAMILIES["llama"]
+    model = with_lora(fast_copy(build(config, device=device)))
+    model.get_base_model().loss_function = lambda logits, labels, vocab_size, **kwargs: ForCausalLMLoss(
+        logits, labels, vocab_size
+    )
+    documents = documents_of(config)
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        packed, alone = (model(**inputs).loss for inputs in (in_one_row(documents, device), padded(documents, device)))
+    assert float(packed) == pytest.approx(float(alone), rel=1e-6)
+
+
 def test_a_document_does_not_see_the_one_before(device):
     """Other tokens in the first document: not a bit of the second one's hidden states changes."""
     config = FAMILIES["llama"]
@@ -149,6 +167,25 @@ def test_boundaries_that_a_collator_gives(device, cases):
         cases.clear()
         assert_same_step(step(model, given), expected)
     assert all(case.documents.cu_seqlens.tolist() == [0, 11, 12, 30, 39] for case in cases)
+
+
+@pytest.mark.parametrize("setting", [False, True], ids=["keep", "recompute"])
+def test_other_attention_implementations_are_told_the_positions(setting, monkeypatch):
+    """flash-attn keeps documents apart by them where nobody gives the boundaries."""
+    seen = []
+
+    def recording(module, q, k, v, mask, **passed):
+        seen.append(passed["position_ids"])
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "recording", recording)
+    config = FAMILIES["llama"]
+    model = with_lora(fast_copy(build(config), setting=setting))
+    model.get_base_model().set_attn_implementation("recording")
+    inputs = in_one_row(documents_of(config), "cpu")
+    step(model, inputs)
+    assert len(seen) >= config.num_hidden_layers
+    assert all(torch.equal(positions, inputs["position_ids"]) for positions in seen)
 
 
 def test_boundaries_that_do_not_fit_are_refused():

@@ -14,6 +14,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastllm import FastVisionModel
+from fastllm._errors import UnsupportedError
 from fastllm.trainer import UnslothVisionDataCollator
 from tests.models.conftest import make_tokenizer
 
@@ -92,3 +93,17 @@ def test_answers_do_not_depend_on_the_batch(llava):
         alone = processor(images[index], texts[index], return_tensors="pt")
         one = model.generate(**alone, max_new_tokens=8, min_new_tokens=8, do_sample=False)
         assert torch.equal(one[0, -8:], together[index, -8:])
+
+
+def test_rows_end_to_end(llava, decoder):
+    """With fast classes the rows of a batch may share one; without, that is refused."""
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    rows = [row(0), {"messages": row(1)["messages"][1:]}, row(2, answer="fox")]
+    if decoder == "olmo2":
+        with pytest.raises(UnsupportedError, match="nothing keeps the rows of a batch apart in llava"):
+            UnslothVisionDataCollator(model, processor, padding_free=True)
+        return
+    padded, flat = (UnslothVisionDataCollator(model, processor, padding_free=free)(rows) for free in (False, True))
+    assert flat["position_ids"].shape == flat["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
+    with torch.no_grad():
+        assert float(model(**flat).loss) == pytest.approx(float(model(**padded).loss), rel=1e-6)
