@@ -138,7 +138,8 @@ class VisionDataCollator:
         """Lay rows end to end from now on. Errors: `UnsupportedError` for a model that could not keep them apart."""
         if self._row_positions is None:
             raise UnsupportedError(
-                f"{self._model_type} has no fast layers that keep the rows of a batch apart once they are one",
+                f"nothing keeps the rows of a batch apart in {self._model_type} once they are one: its layers run "
+                "transformers' own forward, or its images need a mask",
                 where="padding_free", fix="leave padding_free out: the batch is then padded",
             )  # fmt: skip
         self.padding_free = True
@@ -358,7 +359,7 @@ class VisionDataCollator:
         """The rows of a padded batch as one, without the padding."""
         assert self._row_positions is not None
         shown = batch["attention_mask"] != 0
-        positions = self._row_positions(batch)[:, shown][:, None]
+        positions = self._row_positions(batch)[..., shown].unsqueeze(-2)
         batch["labels"][:, 0] = self.ignore_index  # nothing precedes a row's first token
         flat = {name: batch[name][shown][None] for name in _by_token(batch) if name != "attention_mask"}
         flat = {**batch, **flat, "position_ids": positions}

@@ -1,4 +1,4 @@
-"""Positions of rows that share one row of tokens, for decoders that give the tokens of an image three of them."""
+"""Positions of rows that are laid end to end in one: each as it would be alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 _MEDIA = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+
+def text_positions(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B, S] of rows padded on the right, for decoders that count images as text."""
+    return batch["attention_mask"].cumsum(-1) - 1
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,7 @@ class MultimodalPositions:
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[4, B, S] of rows padded on the right, each as it would be alone. Padding has no meaningful position."""
-        mask = batch["attention_mask"]
-        text = (mask.cumsum(-1) - 1)[None]
+        text = text_positions(batch)[None]
         media = {name: batch[name] for name in _MEDIA if name in batch}
         if not media:
             return text.expand(4, -1, -1)
@@ -37,6 +41,9 @@ class MultimodalPositions:
         model = self.model_class.__new__(self.model_class)
         model.config = self.config
         spatial, _ = model.get_rope_index(
-            batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], attention_mask=mask, **media
+            batch["input_ids"],
+            mm_token_type_ids=batch["mm_token_type_ids"],
+            attention_mask=batch["attention_mask"],
+            **media,
         )
         return torch.cat([text, spatial])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +14,24 @@ from .row_positions import MultimodalPositions
 from .vision_tower import vision_classes
 
 
-def vision_language_arch(model_type: str, original: Any, decoder: Mapping[type, type] | None = None) -> Arch:
-    """The record of `original`, e.g. `LlavaForConditionalGeneration`. Without `decoder`: around any known decoder."""
+def vision_language_arch(
+    model_type: str,
+    original: Any,
+    decoder: Mapping[type, type] | None = None,
+    row_positions: Callable[[Any], Any] | None = None,
+) -> Arch:
+    """The record of `original`, e.g. `LlavaForConditionalGeneration`. Without `decoder`: around any known decoder.
+
+    `row_positions` of a model counts the positions of rows that are laid end to end, for a collator; None for a family
+    whose rows could not be kept apart.
+    """
     model = model_class(original)
     fast: Any = model[original]
     # generate() reads from the signature which inputs the model takes.
     fast.forward = functools.wraps(original.forward)(fast.forward)
     # The fused loss divides by the tokens of the whole optimiser batch; transformers' is left to average.
     fast.accepts_loss_kwargs = True
+    fast.row_positions = None if row_positions is None else property(row_positions)
     return Arch(model_type, model, decoder, layers="model.language_model.layers")
 
 
@@ -33,8 +43,8 @@ def qwen_vl_arch(
     if not composes_angles(getattr(module, f"{text_prefix}RotaryEmbedding")):
         return None
     decoder = decoder_classes(module, text_prefix, names=names)
-    arch = vision_language_arch(model_type, getattr(module, f"{prefix}ForConditionalGeneration"), decoder)
-    for fast in arch.model.values():
-        # A collator that lays rows end to end asks for it.
-        fast.row_positions = property(lambda self: MultimodalPositions(type(self.model), self.config))
+    original = getattr(module, f"{prefix}ForConditionalGeneration")
+    arch = vision_language_arch(
+        model_type, original, decoder, lambda model: MultimodalPositions(type(model.model), model.config)
+    )
     return replace(arch, vision=vision_classes(module, f"{prefix}VisionBlock"), vision_blocks="model.visual.blocks")

@@ -102,3 +102,17 @@ def test_gguf_is_refused_before_anything_is_written(llava, tmp_path):
     with pytest.raises(UnsupportedError, match="can't be exported to GGUF"):
         model.save_pretrained_gguf(tmp_path / "gguf", processor)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_end_to_end(llava, decoder):
+    """With fast classes the rows of a batch may share one; without, that is refused."""
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    rows = [row(0), {"messages": row(1)["messages"][1:]}, row(2, answer="fox")]
+    if decoder == "olmo2":
+        with pytest.raises(UnsupportedError, match="nothing keeps the rows of a batch apart in llava"):
+            UnslothVisionDataCollator(model, processor, padding_free=True)
+        return
+    padded, flat = (UnslothVisionDataCollator(model, processor, padding_free=free)(rows) for free in (False, True))
+    assert flat["position_ids"].shape == flat["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
+    with torch.no_grad():
+        assert float(model(**flat).loss) == pytest.approx(float(model(**padded).loss), rel=1e-6)
