@@ -16,9 +16,10 @@ from fastllm.kernels.vision_block import BlockCall, LayerNorm, VisionBlock, visi
 
 from . import eager
 from .conftest import SETTINGS
+from .layers import PARTS
 from .parity import OverLimit, Setting, Tensors, check_op, wide
 from .quantized import dequantized, quantize
-from .test_decoder_layer import KEY_BIAS, LIMIT, PARTS, check_whole_gradient
+from .test_decoder_layer import KEY_BIAS, LIMIT, check_whole_gradient
 from .test_rope import angles
 
 # Triton's interpreter computes masked lanes too, in numpy.
