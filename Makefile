@@ -1,8 +1,9 @@
-# Every target makes its own virtual environment first; VENV, PYTHON and PYTEST_ARGS can be set on the command line.
+# Every target makes its own virtual environment first; VENV, PYTHON, PYTEST_ARGS and BENCH_ARGS can be set on the command line.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # OpenMP threads that wait for each other spin; one thread a process, two processes, is the fast way to run the tests.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -24,7 +25,7 @@ check: $(VENV)/.ready
 	$(BIN)/pyright
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 $(VENV)/.ready: pyproject.toml constraints/cpu.txt
 	PYTHON=$(PYTHON) sh scripts/setup.sh $(VENV)

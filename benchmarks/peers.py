@@ -6,14 +6,13 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from .cases import CHECKPOINTING
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# What each library calls the three ways to hold activations.
-CHECKPOINTING = {
-    "hf": {"least": True, "none": False},
-    "liger": {"least": True, "none": False},
-    "unsloth": {"least": "unsloth", "none": False, "default": "unsloth"},
-    "fastllm": {"least": "offload", "none": False, "default": "fastllm"},
-}
+# The same layers of the decoder and of a vision tower.
+VISION_PROJECTIONS = r".*\.(" + "|".join([*PROJECTIONS, "qkv", r"attn\.proj"]) + ")$"
+# The module by which each library is known to be installed.
+MODULES = {"hf": "peft", "liger": "liger_kernel", "unsloth": "unsloth", "fastllm": "fastllm"}
 
 
 @dataclass(frozen=True)
@@ -23,30 +22,34 @@ class Setting:
     model: str
     bits: int
     rank: int
-    checkpointing: str
+    way: str
     sequence: int
+    vision: bool = False
+    dtype: str = "bfloat16"
 
 
 def load(peer: str, setting: Setting) -> Any:
     """The model of a peer, ready to train."""
-    value = CHECKPOINTING[peer][setting.checkpointing]
-    return (
-        _load_unsloth_style(peer, setting, value) if peer in ("unsloth", "fastllm") else _load_hf(peer, setting, value)
-    )
+    value = CHECKPOINTING[peer][setting.way]
+    if peer in ("unsloth", "fastllm"):
+        return _load_unsloth_style(peer, setting, value)
+    return _load_hf(peer, setting, bool(value))
 
 
-def _load_unsloth_style(peer: str, setting: Setting, checkpointing: Any) -> Any:
+def _load_unsloth_style(peer: str, setting: Setting, checkpointing: bool | str) -> Any:
     import torch
 
-    library = importlib.import_module(peer).FastLanguageModel
+    module = importlib.import_module(peer)
+    library = module.FastVisionModel if setting.vision else module.FastLanguageModel
     model, _ = library.from_pretrained(
-        setting.model, max_seq_length=setting.sequence, dtype=torch.bfloat16, load_in_4bit=setting.bits == 4,
-        full_finetuning=setting.bits == 0, use_gradient_checkpointing=checkpointing,
+        setting.model, max_seq_length=max(2048, setting.sequence), dtype=getattr(torch, setting.dtype),
+        load_in_4bit=setting.bits == 4, full_finetuning=setting.bits == 0, use_gradient_checkpointing=checkpointing,
     )  # fmt: skip
     if setting.bits:
+        targets = {"finetune_vision_layers": True} if setting.vision else {"target_modules": PROJECTIONS}
         model = library.get_peft_model(
-            model, r=setting.rank, lora_alpha=setting.rank, lora_dropout=0, bias="none", target_modules=PROJECTIONS,
-            use_gradient_checkpointing=checkpointing, random_state=3407, max_seq_length=setting.sequence,
+            model, r=setting.rank, lora_alpha=setting.rank, lora_dropout=0, bias="none", random_state=3407,
+            use_gradient_checkpointing=checkpointing, max_seq_length=max(2048, setting.sequence), **targets,
         )  # fmt: skip
     library.for_training(model)
     return model
@@ -55,22 +58,22 @@ def _load_unsloth_style(peer: str, setting: Setting, checkpointing: Any) -> Any:
 def _load_hf(peer: str, setting: Setting, checkpointing: bool) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
     if peer == "liger":
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        import liger_kernel.transformers
 
-        apply_liger_kernel_to_llama()
+        family = AutoConfig.from_pretrained(setting.model).model_type
+        getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{family}")()
+    dtype = getattr(torch, setting.dtype)
     quantization = None
     if setting.bits == 4:
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     device = {"": 0} if torch.cuda.is_available() else {"": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(
-        setting.model, quantization_config=quantization, dtype=torch.bfloat16, device_map=device
-    )
+    loader = AutoModelForImageTextToText if setting.vision else AutoModelForCausalLM
+    model = loader.from_pretrained(setting.model, quantization_config=quantization, dtype=dtype, device_map=device)
     model.config.use_cache = False
     kwargs = {"use_reentrant": False}
     if setting.bits == 4:
@@ -81,7 +84,9 @@ def _load_hf(peer: str, setting: Setting, checkpointing: bool) -> Any:
         model.gradient_checkpointing_enable(kwargs)
         model.enable_input_require_grads()
     if setting.bits:
-        lora = LoraConfig(r=setting.rank, lora_alpha=setting.rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        targets = VISION_PROJECTIONS if setting.vision else PROJECTIONS
+        task = None if setting.vision else "CAUSAL_LM"
+        lora = LoraConfig(r=setting.rank, lora_alpha=setting.rank, target_modules=targets, task_type=task)
         model = get_peft_model(model, lora)
     model.train()
     return model

@@ -1,137 +1,175 @@
 """Measure fastllm beside the libraries that are installed here, and write the evidence.
 
-    python -m benchmarks.run                          every case, every installed peer
-    python -m benchmarks.run --cases qlora-8b --peers fastllm unsloth
+    python -m benchmarks.run                                  the whole plan, every installed peer
+    python -m benchmarks.run --plan speed --peers fastllm unsloth
+    python -m benchmarks.run --cases qlora-8b --ways least
+    python -m benchmarks.run --minutes 9                      what fits; the same command again goes on from there
 
-Each measurement is a process of its own (`benchmarks.worker`), one after the other, on random weights of real shapes
-and random tokens. The result goes to `benchmarks/results/<name>.json` with the commit, the versions and the GPU.
+Each measurement is a process of its own, one after the other, on random weights of real shapes and random tokens. The
+result file is written after each; what it holds already, for this GPU, these versions and this commit, is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import platform
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from .models import checkpoint
-from .peers import CHECKPOINTING
+from .cases import CASES, PLANS, TEXT_PEERS, WAYS, Step, steps
+from .evidence import ROOT, Evidence, environment
+from .models import is_made
+from .peers import MODULES
 
-RESULTS = Path(__file__).parent / "results"
-MODULES = {"hf": "peft", "liger": "liger_kernel", "unsloth": "unsloth", "fastllm": "fastllm"}
-PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth", "unsloth_zoo")
-
-# name -> (shape, worker options); every case runs in each way of checkpointing that a peer has.
-CASES: dict[str, tuple[str, dict[str, int]]] = {
-    "qlora-8b": ("llama-3.1-8b", {"bits": 4, "batch": 4, "sequence": 2048}),
-    "qlora-8b-long": ("llama-3.1-8b", {"bits": 4, "batch": 1, "sequence": 32768}),
-    "qlora-8b-short": ("llama-3.1-8b", {"bits": 4, "batch": 1, "sequence": 512, "accumulate": 4}),
-    "lora-8b": ("llama-3.1-8b", {"bits": 16, "batch": 4, "sequence": 2048}),
-    "full-1b": ("llama-3.2-1b", {"bits": 0, "batch": 4, "sequence": 2048}),
-    "smoke": ("toy", {"bits": 4, "batch": 1, "sequence": 64, "warmup": 1, "steps": 2}),
-}
+# Guesses of time are for fastllm. A peer that compiles its kernels first, or is slower, takes this many times as long.
+PEER_FACTOR = {"hf": 1.5, "liger": 1.5, "unsloth": 1.5}
+CURVE_SECONDS, CHECKPOINT_SECONDS = 90, 40
+# Nothing is fetched, and no statistics of use are sent, while something is measured.
+QUIET = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def environment(commit: str | None) -> dict:
-    """What a figure depends on."""
-    import torch
+class OutOfTime(Exception):
+    """The session's time ended during a measurement."""
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
-        return done.stdout.strip()
 
-    versions = {}
-    for name in PACKAGES:
+class Session:
+    """Runs the steps of a plan while time lasts. No GPU is touched by this process itself."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+        options.models.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def child(self, module: str, **arguments: Any) -> dict[str, Any]:
+        """What a module of the benchmarks prints when it is run with these arguments, or why it printed nothing."""
+        command = [sys.executable, "-m", f"benchmarks.{module}"]
+        for name, value in arguments.items():
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)] if value else []
+        timeout = min(self.options.timeout, self.left())
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "commit": commit or git("rev-parse", "HEAD") or "unknown",
-        "clean": commit is not None or git("status", "--porcelain", "--untracked-files=no") == "",
-        "date": time.strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "versions": versions,
-        "command": "python -m benchmarks.run " + " ".join(sys.argv[1:]),
-    }
+            # Some libraries write caches into the folder that they are run in.
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=max(1.0, timeout), check=False,
+                cwd=self.options.models, env={**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(paths)},
+            )  # fmt: skip
+            output, errors = done.stdout, done.stderr
+        except subprocess.TimeoutExpired as expired:
+            if timeout < self.options.timeout:
+                raise OutOfTime from None
+            output, errors = _text(expired.stdout), f"no result in {self.options.timeout} s"
+        lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+        if lines:
+            return json.loads(lines[-1].removeprefix("RESULT "))
+        return {"error": (errors.strip().splitlines() or ["no output"])[-1][:300]}
 
+    def seconds(self, step: Step) -> float:
+        """A guess of the time that a step takes, so that none is started that can't end."""
+        if step.kind == "curve":
+            return CURVE_SECONDS
+        case = CASES[step.case]
+        if step.kind == "limits":
+            return case.seconds / 3
+        making = 0 if is_made(case.model, self.options.models) else CHECKPOINT_SECONDS
+        return making + case.seconds * PEER_FACTOR.get(step.peer, 1.0)
 
-def ceilings() -> dict:
-    """The machine's own rates in this session: a large bf16 product and a large copy."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    from triton.testing import do_bench
-
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product_ms = do_bench(lambda: a @ b, rep=300, return_mode="median")
-    source = torch.empty(2**30, device="cuda", dtype=torch.bfloat16).normal_()
-    target = torch.empty_like(source)
-    copy_ms = do_bench(lambda: target.copy_(source), return_mode="median")
-    return {"gemm_tflops": round(2 * 8192**3 / product_ms / 1e9), "copy_tb_s": round(4 * 2**30 / copy_ms / 1e9, 2)}
-
-
-def run_case(name: str, peer: str, checkpointing: str, folder: Path, timeout_s: int) -> dict:
-    shape, options = CASES[name]
-    command = [
-        sys.executable, "-m", "benchmarks.worker", "--peer", peer, "--model", str(checkpoint(shape, folder)),
-        "--checkpointing", checkpointing,
-    ]  # fmt: skip
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=RESULTS.parents[1]
+    def run(self, step: Step) -> dict[str, Any]:
+        models = self.options.models.resolve()
+        if step.kind == "limits":
+            return self.child("limits", case=step.case)
+        if step.kind == "curve":
+            size = "toy" if self.options.plan == "smoke" else "small"
+            return self.child("quality", peer=step.peer, dtype=step.way, size=size, models=models)
+        model = CASES[step.case].model
+        if not is_made(model, models):
+            made = self.child("models", model=model, folder=models)
+            if "error" in made:
+                return made
+        return self.child(
+            "worker", case=step.case, peer=step.peer, way=step.way, model=models / model, profile=self.options.profile
         )
-    except subprocess.TimeoutExpired:
-        return {"case": name, "peer": peer, "checkpointing": checkpointing, "error": f"no result in {timeout_s} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return {"case": name, **json.loads(line.removeprefix("RESULT "))}
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return {"case": name, "peer": peer, "checkpointing": checkpointing, "error": last[:300]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=[name for name in CASES if name != "smoke"])
-    parser.add_argument("--peers", nargs="+", choices=MODULES, default=list(MODULES))
-    parser.add_argument("--checkpointing", nargs="+", default=["least", "none", "default"])
-    parser.add_argument("--models", type=Path, default=Path("outputs/benchmark_models"))
+    parser.add_argument("--plan", choices=PLANS, default="all", help="which measurements, in order of their worth")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="these cases instead of a plan")
+    parser.add_argument("--peers", nargs="+", choices=MODULES, default=list(TEXT_PEERS), help="(default: all)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of holding activations")
+    parser.add_argument("--minutes", type=float, help="start nothing that does not end in this time")
+    parser.add_argument(
+        "--profile", action="store_true", help="add a breakdown of a step by kernel class to each result"
+    )
+    parser.add_argument("--again", action="store_true", help="measure also what the result file holds")
+    parser.add_argument("--models", type=Path, default=ROOT / "outputs/benchmark_models", help="for checkpoints")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<gpu>.json)")
     parser.add_argument("--commit", help="of these files, where they were copied here without their history")
     parser.add_argument("--timeout", type=int, default=600, help="seconds a measurement may take")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan")
     options = parser.parse_args()
 
+    rows = [(case, tuple(options.ways)) for case in options.cases] if options.cases else PLANS[options.plan]
     installed = [peer for peer in options.peers if importlib.util.find_spec(MODULES[peer]) is not None]
-    evidence = {**environment(options.commit), "ceilings": ceilings(), "results": []}
-    out = options.out or RESULTS / f"{evidence['gpu'].lower().replace(' ', '_')}.json"
-    for name in options.cases:
-        for peer in installed:
-            for checkpointing in (way for way in options.checkpointing if way in CHECKPOINTING[peer]):
-                result = run_case(name, peer, checkpointing, options.models, options.timeout)
-                evidence["results"].append(result)
-                print(_line(result), flush=True)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(evidence, indent=1) + "\n")
+    plan = [step for step in steps(rows, installed) if step.kind != "measure" or step.way in options.ways]
+    session = Session(options)
+    if options.dry_run:
+        for step in plan:
+            print(f"{session.seconds(step):5.0f} s  {_head(step)}")
+        return
+    machine = session.child("limits")
+    if "error" in machine:
+        raise SystemExit(f"the machine could not be measured: {machine['error']}")
+    out = options.out or ROOT / f"benchmarks/results/{machine['gpu'].lower().replace(' ', '_')}.json"
+    evidence = Evidence(out, environment(options.commit, machine))
+    left_out = []
+    for step in plan:
+        if not options.again and evidence.has(step):
+            continue
+        if session.seconds(step) > session.left():
+            left_out.append(step)
+            continue
+        try:
+            found = session.run(step)
+        except OutOfTime:
+            left_out.append(step)
+            continue
+        print(_line(step, evidence.put(step, found)), flush=True)
     print(f"written to {out}")
+    if left_out:
+        print(f"{len(left_out)} left out for lack of time; the same command goes on with {_head(left_out[0])}")
 
 
-def _line(result: dict) -> str:
-    head = f"{result['case']:16} {result['peer']:8} {result['checkpointing']:8}"
-    if "error" in result:
-        return f"{head} {result['error']}"
+def _text(output: str | bytes | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def _head(step: Step) -> str:
+    words = f"{step.case:16} {step.peer:8} {step.way:8}"
+    return words if step.kind == "measure" else f"{words} {step.kind}"
+
+
+def _line(step: Step, entry: dict[str, Any]) -> str:
+    head = _head(step)
+    if "error" in entry:
+        return f"{head} {entry['error']}"
+    if step.kind == "limits":
+        return (
+            f"{head}: at least {entry['floor_s']:.3f} s a step, {entry['floor_recompute_s']:.3f} s with recomputation"
+        )
+    if step.kind == "curve":
+        return f"{head}: loss {entry['losses'][0]:.3f} -> {entry['losses'][-1]:.3f} in {entry['steps']} steps"
     return (
-        f"{head} {result['tokens_per_s']:>7,} tokens/s, peak {result['peak_reserved_gib']:6.2f} GiB reserved, "
-        f"load {result['load_s']:5.1f} s, first step {result['first_step_s']:5.2f} s, loss {result['losses'][0]:.4f}"
+        f"{head} {entry['tokens_per_s']:>7,} tokens/s, peak {entry['peak_reserved_gib']:6.2f} GiB reserved, "
+        f"load {entry['load_s']:5.1f} s, first step {entry['first_step_s']:5.2f} s, loss {entry['losses'][0]:.4f}"
+        + (f", {entry['share']['of_floor']:.0%} of the limit" if "share" in entry else "")
     )
 
 

@@ -17,8 +17,12 @@ _EXPORTS: dict[str, str] = {
     "FastTrainer": "fastllm.trainer",
     "FastTrainingArguments": "fastllm.trainer",
     "FastVisionModel": "fastllm.models.vision",
+    "PatchDPOTrainer": "fastllm.compat",
+    "PatchFastRL": "fastllm.compat",
+    "PatchKTOTrainer": "fastllm.compat",
     "UnslothTrainer": "fastllm.trainer",
     "UnslothTrainingArguments": "fastllm.trainer",
+    "UnslothVisionDataCollator": "fastllm.vision_data",
     "unsloth_train": "fastllm.trainer",
     "is_bf16_supported": "fastllm._device",
     "is_bfloat16_supported": "fastllm._device",
@@ -27,6 +31,9 @@ _EXPORTS: dict[str, str] = {
 if TYPE_CHECKING:
     from ._device import is_bf16_supported as is_bf16_supported
     from ._device import is_bfloat16_supported as is_bfloat16_supported
+    from .compat import PatchDPOTrainer as PatchDPOTrainer
+    from .compat import PatchFastRL as PatchFastRL
+    from .compat import PatchKTOTrainer as PatchKTOTrainer
     from .models.language import FastLanguageModel as FastLanguageModel
     from .models.vision import FastModel as FastModel
     from .models.vision import FastVisionModel as FastVisionModel
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     from .trainer import UnslothTrainer as UnslothTrainer
     from .trainer import UnslothTrainingArguments as UnslothTrainingArguments
     from .trainer import unsloth_train as unsloth_train
+    from .vision_data import UnslothVisionDataCollator as UnslothVisionDataCollator
 
 __all__ = ["__version__", *sorted(_EXPORTS)]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -84,13 +84,17 @@ def default_device() -> Device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that an allocation on `device` can still take, the caching allocator's unused blocks included."""
+    """Bytes that an allocation on `device` can still take, the caching allocator's unused blocks included.
+
+    A limit set with `torch.cuda.set_per_process_memory_fraction` counts.
+    """
     import torch
 
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device.index) * total) - reserved
+        return max(0, min(free, allowed)) + reserved - torch.cuda.memory_allocated(device)
     if device.type == "xpu":
         free, _ = torch.xpu.mem_get_info(device)
         return free

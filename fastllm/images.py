@@ -24,11 +24,12 @@ _NO_IMAGE_SIZE = 512  # the limit of resize="min" where the model's config names
 
 def open_image(source: Any) -> Image:
     """The RGB image of a PIL image, a path, bytes, a `data:` address, an array of bytes [H, W] or [H, W, 3], or a dict
-    with one of these under `bytes`, `path`, `url` or `image`, as data sets store them.
+    with one of these under `bytes`, `path`, `url` or `image`, as data sets store them. Photographs are turned upright,
+    as their EXIF says, and 16-bit gray is brought to 8.
 
     Errors: `DataError` for one that is damaged, too large, missing or on the network.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(source, Mapping):
         return open_image(_inner(source))
@@ -41,7 +42,7 @@ def open_image(source: Any) -> Image:
                 f"{name} has {image.width:,} x {image.height:,} pixels, past the {limit:,} that are safe to decode",
                 fix="make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS",
             )
-        return image.convert("RGB")
+        return _in_8_bits(ImageOps.exif_transpose(image), name).convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"there is no file {name}", fix="check the path, or make it absolute") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, binascii.Error) as error:
@@ -72,6 +73,22 @@ def _opened(source: Any) -> Image:
     if hasattr(source, "__array__"):
         return _from_array(source)
     raise DataError(f"an image is {type(source).__name__}, not a picture, a path or bytes")
+
+
+def _in_8_bits(image: Image, name: str) -> Image:
+    """Pillow's own conversion would make white of every pixel above 255."""
+    import numpy as np
+
+    if image.mode.startswith("I;16"):
+        return _from_array((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        levels = np.asarray(image)
+        low, high = levels.min(), levels.max()
+        if image.mode == "F" or low < 0 or high > 255:
+            raise DataError(
+                f"{name} has pixels of mode {image.mode} from {low} to {high}", fix="bring them to 8 bits, 0 to 255"
+            )
+    return image
 
 
 def _from_array(source: Any) -> Image:

@@ -29,3 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _every_notice_is_new() -> None:
+    """What fastllm tells once a process, it tells once a test."""
+    from fastllm._notices import forget_notices
+
+    forget_notices()

@@ -22,7 +22,8 @@ ALL_PYTHON = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglo
 FLOORS = [
     {"_errors", "_notices", "_device", "_compat"},
     {"kernels", "gguf", "text", "images"},
-    {"chat_templates", "data", "vision_data", "packing"},
+    {"chat_templates", "data", "packing", "videos", "vision_rows"},
+    {"vision_data"},
     {"models"},
     {"compat", "save", "trainer"},
     {"cli"},

@@ -7,7 +7,7 @@ squared gradient of the loss. Both are second moments, gathered while a model ru
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -71,16 +71,17 @@ class SecondMoments:
 
         An expert that fewer than `min_tokens` tokens met takes the mean of its layer.
         """
-        means: dict[str, torch.Tensor] = {}
+        means = {}
         for key, sums in self._sums.items():
             counts = self._counts[key][:, None]
             mean = sums / counts.clamp_min(1)
             overall = sums.sum(0, keepdim=True) / counts.sum().clamp_min(1)
-            if len(mean) > 1:
-                mean = torch.where(counts >= min_tokens, mean, overall)
-            mean = mean.float().cpu()
-            means |= dict.fromkeys(key, mean[0] if len(mean) == 1 else mean)
-        return means
+            means[key] = mean if len(mean) == 1 else torch.where(counts >= min_tokens, mean, overall)
+        return _by_name(means)
+
+    def shares(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """As `means`, but over `num_tokens` tokens, those that an expert did not meet counted as zero."""
+        return _by_name({key: sums / num_tokens for key, sums in self._sums.items()})
 
     def save(self, path: str | os.PathLike[str], *, chunk_size: int = 512, dataset: str = "calibration") -> None:
         """Write the sums as llama.cpp's imatrix file, which `llama-quantize --imatrix` reads too."""
@@ -100,6 +101,15 @@ class SecondMoments:
         with gguf_writer(path, metadata, table) as file:
             for name, tensor in tensors.items():
                 file.write(name, tensor.contiguous().view(torch.uint8))
+
+
+def _by_name(values: Mapping[tuple[str, ...], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Values [experts, C] of tensors that share them, each under its own name, [C] where there is one expert."""
+    named: dict[str, torch.Tensor] = {}
+    for key, value in values.items():
+        value = value.float().cpu()
+        named |= dict.fromkeys(key, value[0] if len(value) == 1 else value)
+    return named
 
 
 def load_imatrix(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from .._errors import UnsupportedError, nearest
 from .._notices import notice
 from .architectures import Layout, architecture_of
 from .container import GGUFError, Value, lay_out
-from .export import canonical_name
+from .export import canonical_name, is_vision
 from .quantizers import quantizer_of
 from .recipes import fitting_type
 from .tensor_types import tensor_type
@@ -131,6 +131,12 @@ def _placed(layout: Layout, pairs: dict[str, _Pair]) -> dict[str, _Pair]:
     for module, pair in pairs.items():
         source = f"{canonical_name(module)}.weight"
         targets = layout.targets.get(source)
+        if targets is None and is_vision(source):
+            raise UnsupportedError(
+                f"the adapter changes the vision part ({module!r}), which llama.cpp's adapters do not reach",
+                where="adapter",
+                fix="train with finetune_vision_layers=False, or save the merged model with its mmproj file",
+            )
         if targets is None:
             raise UnsupportedError(
                 f"the base model's GGUF file has no place for {module!r} {nearest(source, layout.targets)}".rstrip(),

@@ -320,20 +320,24 @@ def choose_types(
         raise GGUFError(f"the recipe names {unknown[0]!r} {nearest(unknown[0], names)}".rstrip(), where=recipe.name)
     mix = static_mix(recipe.base) if isinstance(recipe, ExplicitRecipe) else recipe
     output = "output.weight" if "output.weight" in names else "token_embd.weight"
-    chosen, narrowed = {}, []
+    wanted, chosen = {}, {}
     for name, shape in tensors:
         if not may_quantize(name, shape):
-            chosen[name] = F32
+            wanted[name] = chosen[name] = F32
             continue
         layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
         if name in explicit:
-            wanted = tensor_type(explicit[name])
+            wanted[name] = tensor_type(explicit[name])
         else:
-            wanted = mix.choose(name, shape[-1], name == output, Place(layer, model, has_importance))
-        chosen[name] = fitting_type(wanted, shape[-1])
-        if chosen[name] is not wanted:
-            narrowed.append(f"{name} {wanted.name} -> {chosen[name].name}")
+            wanted[name] = mix.choose(name, shape[-1], name == output, Place(layer, model, has_importance))
+        chosen[name] = fitting_type(wanted[name], shape[-1])
+    tell_narrowed(wanted, chosen)
+    return chosen
+
+
+def tell_narrowed(wanted: Mapping[str, TensorType], chosen: Mapping[str, TensorType]) -> None:
+    """Tell which tensors got another type than `wanted`, by `fitting_type`."""
+    narrowed = [f"{name} {w.name} -> {chosen[name].name}" for name, w in wanted.items() if chosen[name] is not w]
     if narrowed:
         listed = f"{', '.join(narrowed[:4])}{', ...' if len(narrowed) > 4 else ''}"
         notice(f"fastllm: rows of {len(narrowed)} tensors do not hold whole blocks: {listed}", once=f"blocks: {listed}")
-    return chosen

@@ -15,7 +15,7 @@ from .quantizers import quantizer_of
 from .recipes import fitting_type
 from .tensor_types import TensorType
 
-_SAMPLED_ROWS = 512
+SAMPLED_ROWS = 512  # of a tensor, by default
 
 
 def expected_divergences(
@@ -24,7 +24,7 @@ def expected_divergences(
     *,
     importance: torch.Tensor | None = None,
     output_importance: torch.Tensor | None = None,
-    sampled_rows: int = _SAMPLED_ROWS,
+    sampled_rows: int = SAMPLED_ROWS,
 ) -> dict[str, float]:
     """The expected divergence, by type name, of quantizing `weight` [out, in] or [experts, out, in] to each of `kinds`.
 
@@ -47,7 +47,7 @@ def embedding_divergences(
     kinds: Iterable[TensorType],
     row_importance: torch.Tensor,
     *,
-    sampled_rows: int = _SAMPLED_ROWS,
+    sampled_rows: int = SAMPLED_ROWS,
 ) -> dict[str, float]:
     """`expected_divergences` of an embedding [tokens, width], whose rows are read one at a time.
 

@@ -1,4 +1,4 @@
-"""Causal attention: picks the library kernel that serves a case best, with its backward callable on its own.
+"""Attention, causal or not: picks the library kernel that serves a case best, with its backward callable on its own.
 
     out = dropout(softmax(cap(scaling * q k^T) + mask)) v        cap(s) = softcap * tanh(s / softcap)
 
@@ -13,7 +13,7 @@ Source: Dao, "FlashAttention-2", arXiv 2307.08691.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,12 @@ AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.T
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionCase:
-    """What one attention call computes. `mask` is bool or additive, broadcastable to [B, H, S, S]; None is causal.
+    """What one attention call computes. `mask` is bool or additive, broadcastable to [B, H, S, S]; without one a query
+    sees itself and what is before it, or everything where `causal` is False.
 
-    Causal attention may be narrowed: `documents` keeps the documents of packed rows apart, `sliding_window` lets a
-    query see itself and the window - 1 keys before it (0: all), `softcap` bounds the scores (0: not).
-    `function` replaces the built-in kernels: a differentiable (q, k, v) -> out, [B, H, S, E].
+    Attention without a mask may be narrowed: `documents` keeps the documents of packed rows apart, `sliding_window`
+    lets a query of causal attention see itself and the window - 1 keys before it (0: all). `softcap` bounds the scores
+    (0: not), of any mask. `function` replaces the built-in kernels: a differentiable (q, k, v) -> out, [B, H, S, E].
     """
 
     scaling: float
@@ -45,10 +46,16 @@ class AttentionCase:
     documents: Documents | None = None
     sliding_window: int = 0
     softcap: float = 0.0
+    causal: bool = True
 
     def __post_init__(self) -> None:
-        if self.is_narrowed and (self.mask is not None or self.function is not None):
-            raise ValueError("documents, sliding_window and softcap narrow causal attention: no mask, no function")
+        is_free = self.mask is None and self.function is None
+        if not is_free and (self.documents is not None or self.sliding_window):
+            raise ValueError("documents and sliding_window narrow attention: no mask, no function")
+        if self.sliding_window and not self.causal:
+            raise ValueError("sliding_window looks back from each query: it needs causal attention")
+        if self.softcap and self.function is not None:
+            raise ValueError("softcap bounds the scores of the built-in kernels: no function")
 
     @property
     def is_narrowed(self) -> bool:
@@ -86,9 +93,10 @@ def attention_reference(
     if case.softcap:
         scores = case.softcap * torch.tanh(scores / case.softcap)
     mask = _dense_mask(case, q)
-    if mask is None:
+    if mask is None and case.causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return (F.dropout(scores.softmax(-1), dropout) @ wide_v).to(q.dtype)
 
 
@@ -106,7 +114,7 @@ def choose_backend(
     direct = q.is_cuda and torch.version.hip is None and case.mask is None and case.function is None
     if not direct or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
         return "autograd"
-    params = torch.backends.cuda.SDPAParams(q, k, v, None, case.dropout, True, q.shape[1] != k.shape[1])
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, case.dropout, case.causal, q.shape[1] != k.shape[1])
     deterministic = torch.are_deterministic_algorithms_enabled()
     is_hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
     if allow_cudnn and is_hopper and not deterministic and torch.backends.cuda.can_use_cudnn_attention(params):
@@ -121,14 +129,15 @@ def choose_backend(
 
 
 def _choose_for_narrowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
-    if not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
+    if case.mask is None and not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
         return "varlen"
     reason = "torch's flash kernel does not serve this packed, windowed or soft-capped attention here"
-    if flash_attention_serves(q, case.dropout):
+    if case.mask is None and flash_attention_serves(q, case.dropout):
         notice(f"fastllm: attention runs through fastllm's own Triton kernel, as {reason}", once="attention:triton")
         return "triton"
     if q.is_cuda:
-        notice(f"fastllm: attention runs with a dense mask, as {reason}", once="attention:dense")
+        how = "document by document" if _runs_by_document(case) else "with a dense mask"
+        notice(f"fastllm: attention runs {how}, as {reason}", once=f"attention:{how}")
     return "autograd"
 
 
@@ -146,28 +155,32 @@ def attention_forward(
         return AttentionResult(out.detach(), backend, (out, leaves))
     if backend == "varlen":
         out, rest = varlen_forward(
-            q, k, v, _documents(case, q), scaling=case.scaling, dropout=case.dropout, window=case.sliding_window
-        )
+            q, k, v, _documents(case, q),
+            scaling=case.scaling, dropout=case.dropout, window=case.sliding_window, causal=case.causal,
+        )  # fmt: skip
         return AttentionResult(out, backend, rest)
     if backend == "triton":
         out, lse = flash_attention_forward(
-            q, k, v, scaling=case.scaling, documents=case.documents, window=case.sliding_window, softcap=case.softcap
-        )
+            q, k, v, scaling=case.scaling, documents=case.documents, window=case.sliding_window, softcap=case.softcap,
+            causal=case.causal,
+        )  # fmt: skip
         return AttentionResult(out, backend, (lse,))
     if backend == "cudnn":
         out, *rest = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, case.dropout, True, False, scale=case.scaling
+            q, k, v, None, True, case.dropout, case.causal, False, scale=case.scaling
         )
         return AttentionResult(out, backend, tuple(rest))
     if backend == "flash":
-        out, *rest = aten._scaled_dot_product_flash_attention(q, k, v, case.dropout, True, False, scale=case.scaling)
+        out, *rest = aten._scaled_dot_product_flash_attention(
+            q, k, v, case.dropout, case.causal, False, scale=case.scaling
+        )
         return AttentionResult(out, backend, tuple(rest))
     k, v = _expanded(k, q), _expanded(v, q)
     if backend == "xformers":
-        out, lse = xformers_forward(q, k, v, case.scaling)
+        out, lse = xformers_forward(q, k, v, case.scaling, causal=case.causal)
         return AttentionResult(out, backend, (lse,))
     out, *rest = aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, case.dropout, True, scale=case.scaling
+        q, k, v, None, True, case.dropout, case.causal, scale=case.scaling
     )
     return AttentionResult(out, backend, tuple(rest))
 
@@ -184,35 +197,39 @@ def attention_backward(
     if result.backend == "varlen":
         return varlen_backward(
             dout, result.out, saved, q, k, v, _documents(case, q),
-            scaling=case.scaling, dropout=case.dropout, window=case.sliding_window,
+            scaling=case.scaling, dropout=case.dropout, window=case.sliding_window, causal=case.causal,
         )  # fmt: skip
     if result.backend == "triton":
         (lse,) = saved
         return flash_attention_backward(
             dout, result.out, lse, q, k, v,
             scaling=case.scaling, documents=case.documents, window=case.sliding_window, softcap=case.softcap,
+            causal=case.causal,
         )  # fmt: skip
     if result.backend == "xformers":
         (lse,) = saved
-        dq, dk, dv = xformers_backward(dout, result.out, lse, q, _expanded(k, q), _expanded(v, q), case.scaling)
+        dq, dk, dv = xformers_backward(
+            dout, result.out, lse, q, _expanded(k, q), _expanded(v, q), case.scaling, causal=case.causal
+        )
         return dq, _summed(dk, k), _summed(dv, v)
     if result.backend == "efficient":
         lse, seed, offset = saved
         wide_k, wide_v = _expanded(k, q), _expanded(v, q)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            dout, q, wide_k, wide_v, None, result.out, lse, seed, offset, case.dropout, [True, True, True, False], True,
-            scale=case.scaling,
+            dout, q, wide_k, wide_v, None, result.out, lse, seed, offset, case.dropout, [True, True, True, False],
+            case.causal, scale=case.scaling,
         )  # fmt: skip
         return dq, _summed(dk, k), _summed(dv, v)
     lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = saved
     if result.backend == "cudnn":
         return aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, result.out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, case.dropout, True,
+            dout, q, k, v, result.out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, case.dropout, case.causal,
             scale=case.scaling,
         )  # fmt: skip
     return aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, result.out, lse, cum_q, cum_k, max_q, max_k, case.dropout, True, seed, offset, scale=case.scaling
-    )
+        dout, q, k, v, result.out, lse, cum_q, cum_k, max_q, max_k, case.dropout, case.causal, seed, offset,
+        scale=case.scaling,
+    )  # fmt: skip
 
 
 def _differentiable(case: AttentionCase) -> AttentionFunction:
@@ -223,11 +240,15 @@ def _differentiable(case: AttentionCase) -> AttentionFunction:
         return attention_reference(q, k, v, case, dropout=case.dropout)
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if _runs_by_document(case):
+            parts = zip(*(t.split(_documents(case, q).lengths, dim=2) for t in (q, k, v)), strict=True)
+            whole = replace(case, documents=None)
+            return torch.cat([_differentiable(whole)(*part) for part in parts], dim=2)
         mask = _dense_mask(case, q)
         if mask is not None:  # no CUDA kernel but cuDNN's takes a mask and grouped heads together
             k, v = _expanded(k, q), _expanded(v, q)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=case.dropout, is_causal=mask is None, scale=case.scaling,
+            q, k, v, attn_mask=mask, dropout_p=case.dropout, is_causal=mask is None and case.causal, scale=case.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
 
@@ -239,10 +260,16 @@ def _documents(case: AttentionCase, q: torch.Tensor) -> Documents:
     return case.documents or Documents.whole_rows(q.shape[0], q.shape[2], q.device)
 
 
+def _runs_by_document(case: AttentionCase) -> bool:
+    """Whether each document can be a call of its own. Causal rows keep the one call: their masks are shared by layers,
+    and a row of text has many documents."""
+    return case.documents is not None and case.documents.batch == 1 and not case.causal and not case.softcap
+
+
 def _dense_mask(case: AttentionCase, q: torch.Tensor) -> torch.Tensor | None:
     if case.documents is None and not case.sliding_window:
         return case.mask
-    return _documents(case, q).mask(case.sliding_window)
+    return _documents(case, q).mask(case.sliding_window, causal=case.causal)
 
 
 def _expanded(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -2,110 +2,46 @@
 
     a = x + o(attention(rope(qkv(norm1(x)))))          y = a + down(act(gate(norm2(a))) * up(norm2(a)))
 
+Where the family has them, o's and down's outputs pass a norm of their own before they are added (Gemma 2 and 3).
+
 What this buys over a graph of small nodes: the backward keeps only what it needs (norm outputs and act(gate) * up are
-recomputed from their inputs in one pass each, down's output never), recomputation shares dequantised weights with the
-backward that follows it, host time falls, and each layer has one knob, `Keep`, for the memory planner.
+recomputed from their inputs in one pass each, down's output only where a norm reads it), recomputation shares
+dequantised weights with the backward that follows it, host time falls, and each layer has one knob, `Keep`, for the
+memory planner.
 
 Shapes: x, y [B, S, D]; inside, rows [T, D] with T = B * S. Heads as [B, heads, S, head_dim].
 Dtypes: the residual stream keeps x's dtype; matrix products run in the compute dtype (autocast's, else the weights').
-Source: Touvron et al., "LLaMA", arXiv 2302.13971, section 2.2; norms of query and key heads: Qwen3.
+Source: Touvron et al., "LLaMA", arXiv 2302.13971, section 2.2; norms of query and key heads: Qwen3; norms of both
+outputs: Gemma Team, "Gemma 2", arXiv 2408.00118, section 2.
 """
 
-import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .attention import (
-    AttentionCase,
     AttentionResult,
     attention_backward,
     attention_forward,
-    attention_reference,
-    choose_backend,
 )
 from .dispatch import compute_dtype, no_autocast, rows_of
-from .glu import glu_backward, glu_forward, glu_reference
+from .glu import glu_backward, glu_forward
 from .kept_weights import KeptWeights
+from .layer_definition import NORMS, DecoderLayer, Keep, LayerCall, Norm
 from .lora import (
     PARAMETERS_PER_PROJECTION,
     PreparedGroup,
-    ProjectionGroup,
     dropout_masks,
     input_grad,
     low_rank_input,
     parameter_grads,
     prepare,
     project,
-    project_reference,
 )
 from .random_state import random_state, replayed
-from .rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
-from .rope import rope_apply, rope_reference
-
-
-class Keep(enum.Enum):
-    """What a layer holds between its forward and its backward."""
-
-    ALL = "keep"  # every activation that the backward reads
-    INPUT = "recompute"  # its input only; the rest is computed again
-    OFFLOADED_INPUT = "offload"  # its input only, in host memory
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Norm:
-    """An RMSNorm's weight [D] and constants."""
-
-    weight: torch.Tensor
-    eps: float
-    offset: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DecoderLayer:
-    """One layer as tensors and numbers. `query_norm` and `key_norm` act on each head (Qwen3)."""
-
-    input_norm: Norm
-    qkv: ProjectionGroup
-    output: ProjectionGroup
-    post_norm: Norm
-    gate_up: ProjectionGroup
-    down: ProjectionGroup
-    activation: str
-    head_dim: int
-    query_norm: Norm | None = None
-    key_norm: Norm | None = None
-
-    def norms(self) -> list[Norm | None]:
-        return [self.input_norm, self.query_norm, self.key_norm, self.post_norm]
-
-    def groups(self) -> list[ProjectionGroup]:
-        return [self.qkv, self.output, self.gate_up, self.down]
-
-    def parameters(self) -> list[torch.Tensor | None]:
-        """Norm weights, then those of each group: the order of the gradients."""
-        norms = [None if norm is None else norm.weight for norm in self.norms()]
-        return norms + [parameter for group in self.groups() for parameter in group.parameters()]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerCall:
-    """What differs from call to call: rotary angles [B or 1, S, rotary_dim], the attention case and who picks its
-    backend, what to keep, and for `Keep.OFFLOADED_INPUT` where to put the input: `offload(x)` returns what fetches it
-    back; `kept_weights` is where dequantised weights stay until the next call, None frees them after use."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    attention: AttentionCase
-    keep: Keep = Keep.ALL
-    offload: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None
-    choose_backend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCase], str] = choose_backend
-    kept_weights: KeptWeights | None = None
-
-    def __post_init__(self) -> None:
-        if self.keep is Keep.OFFLOADED_INPUT and self.offload is None:
-            raise ValueError("Keep.OFFLOADED_INPUT needs `offload`, which says where the input goes")
+from .rms_norm import rms_norm_backward, rms_norm_forward
+from .rope import rope_apply
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +59,8 @@ class _Activations:
     attention: AttentionResult
     output_low_rank: torch.Tensor | None
     output_masks: list[torch.Tensor | None]
+    attention_out: torch.Tensor | None  # o's output, where a norm reads it
+    attention_out_rstd: torch.Tensor | None
     middle: torch.Tensor  # a, the residual stream after attention
     middle_rstd: torch.Tensor
     gate_up: torch.Tensor | None  # freed as soon as its gradient is known
@@ -130,32 +68,13 @@ class _Activations:
     gate_up_masks: list[torch.Tensor | None]
     down_low_rank: torch.Tensor | None = None
     down_masks: Sequence[torch.Tensor | None] = (None,)
+    mlp_out: torch.Tensor | None = None  # down's output, where a norm reads it
+    mlp_out_rstd: torch.Tensor | None = None
 
 
 def decoder_layer(x: torch.Tensor, layer: DecoderLayer, call: LayerCall) -> torch.Tensor:
     """The layer under autograd: gradients for x and for every trainable tensor of `layer.parameters()`."""
     return _DecoderLayer.apply(x, layer, call, *layer.parameters())
-
-
-def decoder_layer_reference(
-    x: torch.Tensor, layer: DecoderLayer, cos: torch.Tensor, sin: torch.Tensor, case: AttentionCase
-) -> torch.Tensor:
-    """The definition, differentiable, built from the reference of each part (no dropout)."""
-
-    def norm(value: torch.Tensor, weights: Norm) -> torch.Tensor:
-        return rms_norm_reference(value, weights.weight, weights.eps, offset=weights.offset)
-
-    hidden = norm(x, layer.input_norm)
-    q, k, v = (
-        project_reference(hidden, p).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in layer.qkv.projections
-    )
-    q = q if layer.query_norm is None else norm(q, layer.query_norm)
-    k = k if layer.key_norm is None else norm(k, layer.key_norm)
-    out = attention_reference(rope_reference(q, cos, sin), rope_reference(k, cos, sin), v, case)
-    middle = x + project_reference(out.transpose(1, 2).flatten(2), layer.output.projections[0])
-    hidden = norm(middle, layer.post_norm)
-    gate, up = (project_reference(hidden, p) for p in layer.gate_up.projections)
-    return middle + project_reference(glu_reference(gate, up, layer.activation), layer.down.projections[0])
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -168,7 +87,7 @@ class _DecoderLayer(torch.autograd.Function):
         with no_autocast(x.device.type):
             weights = _Weights(layer, ctx.dtype, call.kept_weights, shared=False)
             state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=keep_all)
-            y = _finish(layer, weights, state, keep=keep_all).view(x.shape)
+            y = _mlp_output(layer, weights, state, keep=keep_all).add_(state.middle).view(x.shape)
         ctx.kept, ctx.fetch, ctx.backend = state if keep_all else None, None, state.attention.backend
         if needs_backward and call.keep is Keep.OFFLOADED_INPUT:
             assert call.offload is not None
@@ -197,8 +116,11 @@ class _DecoderLayer(torch.autograd.Function):
                 with replayed(ctx.rng, x.device):
                     state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=True, backend=ctx.backend)
                     # Down's masks come after every other random number of the layer.
-                    gate, _ = _gate_and_up(layer, state.gate_up)
-                    state.down_masks = dropout_masks(layer.down, gate)
+                    if layer.mlp_out_norm is not None:
+                        _mlp_output(layer, weights, state, keep=True)
+                    else:
+                        gate, _ = _gate_and_up(layer, state.gate_up)
+                        state.down_masks = dropout_masks(layer.down, gate)
             dx, grads = _backward(
                 layer, call, weights, state, rows_of(dy), ctx.needs_input_grad[3:], ctx.dtype,
                 needs_dx=ctx.needs_input_grad[0], overwrite=is_fresh,
@@ -256,6 +178,10 @@ def _activations(
 
     out_rows = attended.out.transpose(1, 2).reshape(rows.shape[0], layer.output.in_features)
     projected, output_low_rank, output_masks = project(weights.take("output"), out_rows)
+    attention_out, attention_out_rstd = None, None
+    if layer.attention_out_norm is not None:
+        attention_out = projected
+        projected, attention_out_rstd = _normed(attention_out, layer.attention_out_norm, rows.dtype)
     norm = layer.post_norm
     extended = layer.gate_up.input_buffer(rows, dtype)
     hidden = extended[:, : layer.gate_up.in_features]
@@ -271,23 +197,29 @@ def _activations(
     return _Activations(
         x=rows, input_rstd=input_rstd, qkv_raw=qkv_raw if query_rstd is not None else None, query_rstd=query_rstd,
         key_rstd=key_rstd, qkv=qkv, qkv_low_rank=qkv_low_rank, qkv_masks=qkv_masks, attention=attended,
-        output_low_rank=output_low_rank, output_masks=output_masks, middle=middle, middle_rstd=middle_rstd,
+        output_low_rank=output_low_rank, output_masks=output_masks, attention_out=attention_out,
+        attention_out_rstd=attention_out_rstd, middle=middle, middle_rstd=middle_rstd,
         gate_up=gate_up, gate_up_low_rank=_detached_copy(gate_up_low_rank, needs_backward), gate_up_masks=gate_up_masks,
     )  # fmt: skip
 
 
-def _finish(layer: DecoderLayer, weights: _Weights, state: _Activations, *, keep: bool) -> torch.Tensor:
-    """The rest of the forward: rows y [T, D]."""
+def _mlp_output(layer: DecoderLayer, weights: _Weights, state: _Activations, *, keep: bool) -> torch.Tensor:
+    """Rows [T, D] that the MLP adds to the residual stream, in its dtype."""
     assert state.gate_up is not None
     prepared = weights.take("down")
     extended = layer.down.input_buffer(state.x, state.gate_up.dtype)
     hidden = extended[:, : layer.down.in_features]
     gate, up = _gate_and_up(layer, state.gate_up)
     glu_forward(gate, up, layer.activation, out=hidden)
-    y, low_rank, masks = project(prepared, hidden, extended=extended)
+    out, low_rank, masks = project(prepared, hidden, extended=extended)
     if keep:
         state.down_low_rank, state.down_masks = _detached_copy(low_rank, True), masks
-    return y.to(state.middle.dtype).add_(state.middle)
+    if layer.mlp_out_norm is None:
+        return out.to(state.middle.dtype)
+    normed, rstd = _normed(out, layer.mlp_out_norm, state.middle.dtype)
+    if keep:
+        state.mlp_out, state.mlp_out_rstd = out, rstd
+    return normed
 
 
 def _backward(
@@ -304,13 +236,20 @@ def _backward(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x and of `layer.parameters()`. With `overwrite` gate and up may be overwritten."""
     needs_norm, needs_group = _split_needs(layer, needs)
-    norm_grads: list[torch.Tensor | None] = [None] * 4
+    norm_grads: dict[str, torch.Tensor | None] = dict.fromkeys(NORMS)
 
     gate_up, state.gate_up = state.gate_up, None
     assert gate_up is not None
     prepared = weights.take("down", last=True)
     extended = layer.down.output_buffer(dy, dtype)
-    dy_rows = extended[:, : layer.down.out_features].copy_(dy)
+    dy_rows = extended[:, : layer.down.out_features]
+    if layer.mlp_out_norm is None:
+        dy_rows.copy_(dy)
+    else:
+        norm_grads["mlp_out_norm"] = _normed_backward(
+            dy, state.mlp_out, state.mlp_out_rstd, layer.mlp_out_norm, dy_rows, needs_norm["mlp_out_norm"]
+        )
+        state.mlp_out = None
     hidden, dy_low_rank = input_grad(prepared, dy_rows, state.down_masks, extended=extended)
     assert hidden is not None
     dgate_up_extended = gate_up if overwrite else layer.gate_up.output_buffer(dy, dtype)
@@ -336,24 +275,30 @@ def _backward(
     )
     del prepared, dgate_up, dgate_up_extended, hidden, dy_low_rank
 
-    same_dtype = state.middle.dtype == dtype
+    in_place = state.middle.dtype == dtype and layer.attention_out_norm is None
     extended = layer.output.output_buffer(dy, dtype)
-    dmiddle_rows = extended[:, : layer.output.out_features]
-    dmiddle, norm_grads[3] = rms_norm_backward(
+    dout_rows = extended[:, : layer.output.out_features]
+    dmiddle, norm_grads["post_norm"] = rms_norm_backward(
         dhidden, state.middle, norm.weight, state.middle_rstd, norm.eps, offset=norm.offset, residual_grad=dy,
-        out=dmiddle_rows if same_dtype else None, needs_weight_grad=needs_norm[3],
+        out=dout_rows if in_place else None, needs_weight_grad=needs_norm["post_norm"],
     )  # fmt: skip
-    if not same_dtype:
-        dmiddle_rows.copy_(dmiddle)
+    if layer.attention_out_norm is not None:
+        norm_grads["attention_out_norm"] = _normed_backward(
+            dmiddle, state.attention_out, state.attention_out_rstd, layer.attention_out_norm, dout_rows,
+            needs_norm["attention_out_norm"],
+        )  # fmt: skip
+        state.attention_out = None
+    elif not in_place:
+        dout_rows.copy_(dmiddle)
     del dhidden
 
     result = state.attention
     out_rows = result.out.transpose(1, 2).reshape(dy.shape[0], layer.output.in_features)
     prepared = weights.take("output", last=True)
-    dout, dy_low_rank = input_grad(prepared, dmiddle_rows, state.output_masks, extended=extended)
+    dout, dy_low_rank = input_grad(prepared, dout_rows, state.output_masks, extended=extended)
     assert dout is not None
     output_grads = parameter_grads(
-        prepared, dmiddle_rows, dy_low_rank, out_rows, state.output_low_rank, state.output_masks, needs_group[1]
+        prepared, dout_rows, dy_low_rank, out_rows, state.output_low_rank, state.output_masks, needs_group[1]
     )
     batch, _, length, _ = result.out.shape
     q, k, v = _heads(layer, state.qkv, batch, length)
@@ -368,12 +313,12 @@ def _backward(
     dv_rows.copy_(dv)
     del dq, dk, dv
     if state.qkv_raw is not None:
-        norm_grads[1:3] = _norm_heads_backward(layer, state, dqkv, needs_norm)
+        norm_grads |= _norm_heads_backward(layer, state, dqkv, needs_norm)
 
     norm = layer.input_norm
     prepared = weights.take("qkv", last=True)
     dhidden, dy_low_rank = input_grad(
-        prepared, dqkv, state.qkv_masks, extended=dqkv_extended, needs_dx=needs_dx or needs_norm[0]
+        prepared, dqkv, state.qkv_masks, extended=dqkv_extended, needs_dx=needs_dx or needs_norm["input_norm"]
     )
     hidden, _, _ = rms_norm_forward(state.x, norm.weight, norm.eps, offset=norm.offset, out=_empty_rows(state.x, dtype))
     qkv_grads = parameter_grads(
@@ -381,30 +326,30 @@ def _backward(
     )
     dx = None
     if dhidden is not None:
-        dx, norm_grads[0] = rms_norm_backward(
+        dx, norm_grads["input_norm"] = rms_norm_backward(
             dhidden, state.x, norm.weight, state.input_rstd, norm.eps, offset=norm.offset, residual_grad=dmiddle,
-            needs_weight_grad=needs_norm[0],
+            needs_weight_grad=needs_norm["input_norm"],
         )  # fmt: skip
-    typed = [
-        None if grad is None or norm is None else grad.to(norm.weight.dtype)
-        for grad, norm in zip(norm_grads, layer.norms(), strict=True)
-    ]
+    typed = []
+    for name, norm in layer.norms().items():
+        grad = norm_grads[name]
+        typed.append(None if grad is None or norm is None else grad.to(norm.weight.dtype))
     return dx if needs_dx else None, [*typed, *qkv_grads, *output_grads, *gate_up_grads, *down_grads]
 
 
-def _split_needs(layer: DecoderLayer, needs: tuple[bool, ...]) -> tuple[tuple[bool, ...], list[tuple[bool, ...]]]:
+def _split_needs(layer: DecoderLayer, needs: tuple[bool, ...]) -> tuple[dict[str, bool], list[tuple[bool, ...]]]:
     """`needs` of `layer.parameters()` as (norms, one tuple a group)."""
-    groups, start = [], 4
+    groups, start = [], len(NORMS)
     for group in layer.groups():
         end = start + PARAMETERS_PER_PROJECTION * len(group.projections)
         groups.append(needs[start:end])
         start = end
-    return needs[:4], groups
+    return dict(zip(NORMS, needs[: len(NORMS)], strict=True)), groups
 
 
 def _gate_and_up(layer: DecoderLayer, joined: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     assert joined is not None
-    gate_columns, up_columns = layer.gate_up.row_slices
+    gate_columns, up_columns = layer.gate_up_columns
     return joined[:, gate_columns], joined[:, up_columns]
 
 
@@ -414,7 +359,7 @@ def _heads(
     """Joined rows as q, k, v [B, heads, S, head_dim], views."""
     q, k, v = (
         qkv[:, columns].unflatten(-1, (-1, layer.head_dim)).unflatten(0, (batch, length)).transpose(1, 2)
-        for columns in layer.qkv.row_slices
+        for columns in layer.qkv_columns
     )
     return q, k, v
 
@@ -423,36 +368,56 @@ def _norm_heads(layer: DecoderLayer, raw: torch.Tensor) -> tuple[torch.Tensor, t
     """q and k of joined rows normalised per head, in a new buffer that also takes v."""
     normed = torch.empty_like(raw)
     rstds = []
-    for columns, norm in zip(layer.qkv.row_slices[:2], (layer.query_norm, layer.key_norm), strict=True):
+    for columns, norm in zip(layer.qkv_columns[:2], (layer.query_norm, layer.key_norm), strict=True):
         assert norm is not None
         source = raw[:, columns].reshape(-1, layer.head_dim)
         out, _, rstd = rms_norm_forward(source, norm.weight, norm.eps, offset=norm.offset)
         normed[:, columns] = out.view(raw.shape[0], -1)
         rstds.append(rstd)
-    value_columns = layer.qkv.row_slices[2]
+    value_columns = layer.qkv_columns[2]
     normed[:, value_columns] = raw[:, value_columns]
     return normed, rstds[0], rstds[1]
 
 
 def _norm_heads_backward(
-    layer: DecoderLayer, state: _Activations, dqkv: torch.Tensor, needs_norm: tuple[bool, ...]
-) -> list[torch.Tensor | None]:
+    layer: DecoderLayer, state: _Activations, dqkv: torch.Tensor, needs_norm: dict[str, bool]
+) -> dict[str, torch.Tensor | None]:
     """Turn the gradients of the normalised q and k, inside `dqkv`, into those of the raw ones. Returns the weights'."""
     assert state.qkv_raw is not None and state.query_rstd is not None and state.key_rstd is not None
-    grads = []
-    for columns, norm, rstd, needed in zip(
-        layer.qkv.row_slices[:2], (layer.query_norm, layer.key_norm), (state.query_rstd, state.key_rstd),
-        needs_norm[1:3], strict=True,
-    ):  # fmt: skip
-        assert norm is not None
+    grads = {}
+    for columns, name, rstd in zip(
+        layer.qkv_columns[:2], ("query_norm", "key_norm"), (state.query_rstd, state.key_rstd), strict=True
+    ):
+        norm: Norm = getattr(layer, name)
         source = state.qkv_raw[:, columns].reshape(-1, layer.head_dim)
         upstream = dqkv[:, columns].reshape(-1, layer.head_dim)
-        grad, weight_grad = rms_norm_backward(
-            upstream, source, norm.weight, rstd, norm.eps, offset=norm.offset, needs_weight_grad=needed
+        grad, grads[name] = rms_norm_backward(
+            upstream, source, norm.weight, rstd, norm.eps, offset=norm.offset, needs_weight_grad=needs_norm[name]
         )
         dqkv[:, columns] = grad.view(dqkv.shape[0], -1)
-        grads.append(weight_grad)
     return grads
+
+
+def _normed(rows: torch.Tensor, norm: Norm, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows normalised, in `dtype`; their rstd)."""
+    out, _, rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=_empty_rows(rows, dtype))
+    return out, rstd
+
+
+def _normed_backward(
+    upstream: torch.Tensor,
+    rows: torch.Tensor | None,
+    rstd: torch.Tensor | None,
+    norm: Norm,
+    out: torch.Tensor,
+    needs_weight_grad: bool,
+) -> torch.Tensor | None:
+    """Writes the gradient of rows that `_normed` took to `out`. Returns the weight's."""
+    assert rows is not None and rstd is not None
+    _, weight_grad = rms_norm_backward(
+        upstream, rows, norm.weight, rstd, norm.eps, offset=norm.offset, out=out, needs_weight_grad=needs_weight_grad
+    )
+    return weight_grad
 
 
 def _detached_copy(view: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:

@@ -1,6 +1,7 @@
 """Documents packed into rows of tokens: where each begins and ends, which keeps attention inside it.
 
-    query i of a row sees key j of it  where  max(start(i), i - window + 1) <= j <= i
+    query i of a row sees key j of it  where  max(start(i), i - window + 1) <= j <= i          (causal)
+                                       where  start(i) <= j < end(i)                           (not causal)
 
 Shapes: cu_seqlens [N + 1], offsets into the B * S tokens of a batch, row after row; starts and ends [B, S], counted
 within the row; a dense mask [B, 1, S, S].
@@ -9,6 +10,7 @@ within the row; a dense mask [B, 1, S, S].
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +42,14 @@ class Documents:
         return cls(cu_seqlens.to(position_ids.device), longest, batch, begins.shape[1])
 
     @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> Documents:
+        """The documents of one row, from their offsets `[N + 1]`: the last is the row's length. Waits for the device
+        once, to learn them."""
+        offsets = cu_seqlens.tolist()
+        longest = max(end - start for start, end in itertools.pairwise(offsets))
+        return cls(cu_seqlens.to(torch.int32), longest, 1, offsets[-1])
+
+    @classmethod
     def whole_rows(cls, batch: int, length: int, device: torch.device) -> Documents:
         """Each row is one document."""
         offsets = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)
@@ -60,16 +70,23 @@ class Documents:
         starts, ends = (cu_seqlens[index + i] - row_offsets for i in (0, 1))
         return starts.view(self.batch, self.length), ends.view(self.batch, self.length)
 
-    def mask(self, window: int = 0) -> torch.Tensor:
-        """What each query sees, as a dense bool mask; made once for each window. For kernels with no better way."""
-        if window not in self._masks:
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each document. Waits for the device."""
+        return self.cu_seqlens.diff().tolist()
+
+    def mask(self, window: int = 0, *, causal: bool = True) -> torch.Tensor:
+        """What each query sees, as a dense bool mask; made once for each case. For kernels with no better way."""
+        if (window, causal) not in self._masks:
             positions = torch.arange(self.length, dtype=torch.int32, device=self.cu_seqlens.device)
-            first = self.bounds[0]
+            first, end = self.bounds
             if window:
                 first = torch.maximum(first, positions - (window - 1))
-            seen = (positions <= positions[:, None]) & (positions >= first[..., None])
-            self._masks[window] = seen[:, None]
-        return self._masks[window]
+            if causal:
+                end = (positions + 1).expand_as(end)
+            seen = (positions < end[..., None]) & (positions >= first[..., None])
+            self._masks[window, causal] = seen[:, None]
+        return self._masks[window, causal]
 
     def on(self, device: torch.device) -> Documents:
         """The same documents with their tensors on `device`, copied there once."""
@@ -80,7 +97,7 @@ class Documents:
         return self._copies[device]
 
     @functools.cached_property
-    def _masks(self) -> dict[int, torch.Tensor]:
+    def _masks(self) -> dict[tuple[int, bool], torch.Tensor]:
         return {}
 
     @functools.cached_property

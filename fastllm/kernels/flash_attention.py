@@ -1,7 +1,8 @@
-"""Causal attention tile by tile, with what the library kernels lack: any mix of packed documents, window and soft-cap.
+"""Attention tile by tile, with what the library kernels lack: any mix of packed documents, window and soft-cap.
 
     out_i = sum_j p_ij v_j       p_i = softmax_j(c(scaling * q_i k_j))       c(s) = softcap * tanh(s / softcap), or s
-    over   first(i) <= j <= i    first(i) = max(start of i's document, i - window + 1)
+    over   first(i) <= j < end(i)
+    causal: first(i) = max(start of i's document, i - window + 1), end(i) = i + 1; else start and end of i's document
 
     dp_ij = dout_i v_j     ds_ij = p_ij (dp_ij - delta_i) c'_ij     delta_i = dout_i out_i     c' = 1 - (c / softcap)^2
     dq_i = scaling * sum_j ds_ij k_j     dk_j = scaling * sum_i ds_ij q_i     dv_j = sum_i p_ij dout_i
@@ -27,6 +28,11 @@ _FORWARD = {
     2: {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
     4: {64: (32, 32, 8, 1), 128: (16, 32, 4, 1)},
 }
+# Queries that see both ways hold the end of their keys as well.
+_FORWARD_BOTH_WAYS = {
+    2: {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    4: _FORWARD[4],
+}
 _BACKWARD = {
     2: {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
     4: {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
@@ -51,19 +57,21 @@ def flash_attention_forward(
     documents: Documents | None = None,
     window: int = 0,
     softcap: float = 0.0,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) outside autograd; out lies in memory as [B, S, H, E]."""
     q, k, v = (_unit_stride(t) for t in (q, k, v))
     batch, heads, length, width = q.shape
     out = torch.empty(batch, length, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    starts = lse if documents is None else documents.bounds[0]
-    tile = _tile(_FORWARD[q.dtype.itemsize], width)
+    starts, ends = (lse, lse) if documents is None else documents.bounds
+    tile = _tile((_FORWARD if causal else _FORWARD_BOTH_WAYS)[q.dtype.itemsize], width)
     with launch_on(q):
         _flash_fwd_kernel[(triton.cdiv(length, tile["BLOCK_M"]), batch * heads)](
-            q, k, v, out, lse, starts, *_strides(q, k, v, out), heads, heads // k.shape[1], length, width,
+            q, k, v, out, lse, starts, ends, *_strides(q, k, v, out), heads, heads // k.shape[1], length, width,
             scaling, softcap or 1.0, min(window or length, length),
-            HAS_DOCUMENTS=documents is not None, HAS_CAP=softcap > 0, PRECISION=_precision(q.dtype), **tile,
+            HAS_DOCUMENTS=documents is not None, HAS_CAP=softcap > 0, CAUSAL=causal, PRECISION=_precision(q.dtype),
+            **tile,
         )  # fmt: skip
     return out, lse
 
@@ -80,6 +88,7 @@ def flash_attention_backward(
     documents: Documents | None = None,
     window: int = 0,
     softcap: float = 0.0,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each in its shape."""
     dout, q, k, v = (_unit_stride(t) for t in (dout, q, k, v))
@@ -93,17 +102,18 @@ def flash_attention_backward(
     flags = {
         "HAS_DOCUMENTS": documents is not None,
         "HAS_CAP": softcap > 0,
+        "CAUSAL": causal,
         "PRECISION": _precision(q.dtype),
         **_tile(tiles[q.dtype.itemsize], width),
     }
     programs = triton.cdiv(length, flags["BLOCK_M"])
     with launch_on(q):
         _flash_bwd_q_kernel[(programs, batch * heads)](
-            q, k, v, out, dout, lse, delta, dq, starts, *_strides(q, k, v, out, dout, dq), *sizes, **flags
+            q, k, v, out, dout, lse, delta, dq, starts, ends, *_strides(q, k, v, out, dout, dq), *sizes, **flags
         )
         programs = triton.cdiv(length, flags["BLOCK_N"])
         _flash_bwd_kv_kernel[(programs, batch * key_heads)](
-            q, k, v, dout, lse, delta, dk, dv, ends, *_strides(q, k, v, dout, dk, dv), *sizes, **flags
+            q, k, v, dout, lse, delta, dk, dv, starts, ends, *_strides(q, k, v, dout, dk, dv), *sizes, **flags
         )
     return dq, dk, dv
 
@@ -146,12 +156,48 @@ def _store_tile(base, first_row, row_stride, length, width, value, ROWS: tl.cons
 
 
 @jit
-def _first_keys(starts_ptr, batch, queries, length, window, HAS_DOCUMENTS: tl.constexpr):
-    """The first key that each query sees; `length` for queries past the end."""
-    first = tl.maximum(queries - window + 1, 0)
+def _keys_seen_by(
+    queries, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """Of each query, the first key that it sees and the one after the last; none for queries past the end."""
+    live = queries < length
+    first = tl.zeros_like(queries)
+    end = first + length
     if HAS_DOCUMENTS:
-        first = tl.maximum(first, tl.load(starts_ptr + batch * length + queries, mask=queries < length, other=0))
-    return tl.where(queries < length, first, length)
+        first = tl.load(starts_ptr + batch * length + queries, mask=live, other=0)
+    if CAUSAL:
+        first = tl.maximum(first, queries - window + 1)
+        end = queries + 1
+    elif HAS_DOCUMENTS:
+        end = tl.load(ends_ptr + batch * length + queries, mask=live, other=0)
+    return tl.where(live, first, length), tl.where(live, end, 0)
+
+
+@jit
+def _is_seen(keys, queries, first, end, CAUSAL: tl.constexpr):
+    """Whether each query of a tile sees each key, given its `first` key and the `end` of its keys. A causal tile has
+    that end in its queries, which takes no registers."""
+    if CAUSAL:
+        return (keys <= queries) & (keys >= first)
+    return (keys < end) & (keys >= first)
+
+
+@jit
+def _queries_that_see(
+    keys, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """Of each key, the first query that sees it and the one after the last; none for keys past the end."""
+    live = keys < length
+    first = tl.zeros_like(keys)
+    end = first + length
+    if HAS_DOCUMENTS:
+        end = tl.load(ends_ptr + batch * length + keys, mask=live, other=0)
+    if CAUSAL:
+        first = keys
+        end = tl.minimum(end, keys + window)
+    elif HAS_DOCUMENTS:
+        first = tl.load(starts_ptr + batch * length + keys, mask=live, other=0)
+    return tl.where(live, first, length), tl.where(live, end, 0)
 
 
 @jit
@@ -168,10 +214,10 @@ def _in_base_2(scores):
 
 @jit
 def _flash_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr, ends_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     heads, groups, length, width, scaling, softcap, window,
-    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
@@ -180,19 +226,19 @@ def _flash_fwd_kernel(
     k_ptr += batch * k_batch + head // groups * k_head
     v_ptr += batch * v_batch + head // groups * v_head
     queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = _first_keys(starts_ptr, batch, queries, length, window, HAS_DOCUMENTS)
+    first, end = _keys_seen_by(queries, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS, CAUSAL)
     q = _load_tile(q_ptr, block * BLOCK_M, q_row, length, width, BLOCK_M, BLOCK_E)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
-    end = tl.minimum(block * BLOCK_M + BLOCK_M, length)
-    for key in range(start, end, BLOCK_N):
+    stop = tl.minimum(block * BLOCK_M + BLOCK_M, length) if CAUSAL else tl.max(end, axis=0)
+    for key in range(start, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
         scores = _in_base_2(_capped(scores, softcap, HAS_CAP))
-        seen = (keys[None, :] <= queries[:, None]) & (keys[None, :] >= first[:, None])
+        seen = _is_seen(keys[None, :], queries[:, None], first[:, None], end[:, None], CAUSAL)
         scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         reached = tl.where(larger == float("-inf"), 0.0, larger)  # no key of this row yet
@@ -211,11 +257,11 @@ def _flash_fwd_kernel(
 
 @jit
 def _flash_bwd_q_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr, ends_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
     heads, groups, length, width, scaling, softcap, window,
-    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the kernel that follows."""
@@ -225,7 +271,7 @@ def _flash_bwd_q_kernel(
     v_ptr += batch * v_batch + head // groups * v_head
     queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = queries < length
-    first = _first_keys(starts_ptr, batch, queries, length, window, HAS_DOCUMENTS)
+    first, end = _keys_seen_by(queries, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS, CAUSAL)
     row = block * BLOCK_M
     q = _load_tile(q_ptr + batch * q_batch + head * q_head, row, q_row, length, width, BLOCK_M, BLOCK_E)
     dout_ptr += batch * dout_batch + head * dout_head
@@ -237,13 +283,13 @@ def _flash_bwd_q_kernel(
     lse = tl.load(lse_ptr + statistics, mask=live, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
-    end = tl.minimum(row + BLOCK_M, length)
-    for key in range(start, end, BLOCK_N):
+    stop = tl.minimum(block * BLOCK_M + BLOCK_M, length) if CAUSAL else tl.max(end, axis=0)
+    for key in range(start, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
         v = _load_tile(v_ptr, key, v_row, length, width, BLOCK_N, BLOCK_E)
         capped = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling, softcap, HAS_CAP)
-        seen = (keys[None, :] <= queries[:, None]) & (keys[None, :] >= first[:, None])
+        seen = _is_seen(keys[None, :], queries[:, None], first[:, None], end[:, None], CAUSAL)
         p = tl.exp2(tl.where(seen, _in_base_2(capped) - lse[:, None], float("-inf")))
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if HAS_CAP:
@@ -255,11 +301,11 @@ def _flash_bwd_q_kernel(
 
 @jit
 def _flash_bwd_kv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, ends_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_ptr, ends_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     heads, groups, length, width, scaling, softcap, window,
-    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys, from all query heads of its group; tiles are keys by queries."""
@@ -269,17 +315,14 @@ def _flash_bwd_kv_kernel(
     k = _load_tile(k_ptr + batch * k_batch + key_head * k_head, row, k_row, length, width, BLOCK_N, BLOCK_E)
     v = _load_tile(v_ptr + batch * v_batch + key_head * v_head, row, v_row, length, width, BLOCK_N, BLOCK_E)
     keys = row + tl.arange(0, BLOCK_N)
-    end = tl.minimum(keys + window, length)  # the query after the last one that sees each key
-    if HAS_DOCUMENTS:
-        end = tl.minimum(end, tl.load(ends_ptr + batch * length + keys, mask=keys < length, other=0))
-    end = tl.where(keys < length, end, 0)
+    first, end = _queries_that_see(keys, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS, CAUSAL)
     dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for member in range(groups):
         head = key_head * groups + member
         q_base = q_ptr + batch * q_batch + head * q_head
         dout_base = dout_ptr + batch * dout_batch + head * dout_head
-        for query in range(row // BLOCK_M * BLOCK_M, tl.max(end, axis=0), BLOCK_M):
+        for query in range(tl.min(first, axis=0) // BLOCK_M * BLOCK_M, tl.max(end, axis=0), BLOCK_M):
             queries = query + tl.arange(0, BLOCK_M)
             q = _load_tile(q_base, query, q_row, length, width, BLOCK_M, BLOCK_E)
             dout = _load_tile(dout_base, query, dout_row, length, width, BLOCK_M, BLOCK_E)
@@ -287,7 +330,7 @@ def _flash_bwd_kv_kernel(
             lse = tl.load(lse_ptr + statistics, mask=queries < length, other=0.0)
             delta = tl.load(delta_ptr + statistics, mask=queries < length, other=0.0)
             capped = _capped(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scaling, softcap, HAS_CAP)
-            seen = (keys[:, None] <= queries[None, :]) & (queries[None, :] < end[:, None])
+            seen = (first[:, None] <= queries[None, :]) & (queries[None, :] < end[:, None])
             p = tl.exp2(tl.where(seen, _in_base_2(capped) - lse[None, :], float("-inf")))
             dv += tl.dot(p.to(dout.dtype), dout, input_precision=PRECISION)
             ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])

@@ -1,15 +1,14 @@
-"""Gated linear unit:  h = act(gate) * up,  with act one of SiLU, GELU (exact) and GELU (tanh).
+"""Gated linear unit:  h = act(gate) * up,  with act one of `activation.ACTIVATIONS`.
 
 Shapes: gate, up, h [..., F].  Dtypes: any float dtype in and out; the arithmetic is fp32 and rounds once.
-Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, equation 5; GELU: arXiv 1606.08415.
+Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, equation 5.
 """
 
 import torch
-import torch.nn.functional as F
 
+from .activation import activate, activation_reference, require_known
 from .dispatch import jit, launch_on, rows_of, tl, triton, use_triton, vjp
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _BLOCK = 1024
 
 
@@ -22,13 +21,8 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
 
 def glu_reference(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """The definition, differentiable: fp32 arithmetic (float64 for float64), one rounding."""
-    _require_known(activation)
     accumulate = torch.promote_types(gate.dtype, torch.float32)
-    wide = gate.to(accumulate)
-    if activation == "silu":
-        acted = F.silu(wide)
-    else:
-        acted = F.gelu(wide, approximate="tanh" if activation == "gelu_tanh" else "none")
+    acted = activation_reference(gate, activation, out_dtype=accumulate)
     return (acted * up.to(accumulate)).to(gate.dtype)
 
 
@@ -36,7 +30,7 @@ def glu_forward(
     gate: torch.Tensor, up: torch.Tensor, activation: str, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rows `[T, F]`, outside autograd; gate, up and out may be column slices of wider buffers."""
-    _require_known(activation)
+    require_known(activation)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     if not use_triton(gate):
         return out.copy_(glu_reference(gate, up, activation))
@@ -82,32 +76,6 @@ def glu_backward(
             )  # fmt: skip
 
 
-def _require_known(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-
-
-@jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """act(x) and its derivative, in fp32."""
-    if ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(x)
-        acted = x * sigmoid
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
-    elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
-        acted = x * cdf
-        slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    else:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        # 0.5 * (1 + tanh(z)) = sigmoid(2 z), which does not overflow; sigmoid(-2 z) is 1 - that, without cancellation
-        half = tl.sigmoid(2.0 * inner)
-        acted = x * half
-        rise = 2.0 * half * tl.sigmoid(-2.0 * inner)
-        slope = half + x * rise * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
-    return acted, slope
-
-
 @jit
 def _glu_fwd_kernel(
     gate_ptr, up_ptr, h_ptr, width, gate_stride, up_stride, h_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
@@ -117,7 +85,7 @@ def _glu_fwd_kernel(
     live = cols < width
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=live, other=0.0).to(tl.float32)
-    acted, _ = _activate(gate, ACTIVATION)
+    acted, _ = activate(gate, ACTIVATION)
     tl.store(h_ptr + row * h_stride + cols, (acted * up).to(h_ptr.dtype.element_ty), mask=live)
 
 
@@ -133,7 +101,7 @@ def _glu_bwd_kernel(
     dh = tl.load(dh_ptr + row * dh_stride + cols, mask=live, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=live, other=0.0).to(tl.float32)
-    acted, slope = _activate(gate, ACTIVATION)
+    acted, slope = activate(gate, ACTIVATION)
     tl.store(dgate_ptr + row * dgate_stride + cols, (dh * up * slope).to(dgate_ptr.dtype.element_ty), mask=live)
     tl.store(dup_ptr + row * dup_stride + cols, (dh * acted).to(dup_ptr.dtype.element_ty), mask=live)
     if STORE_H:

@@ -47,6 +47,11 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float = 0.0
 
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        """The definition, differentiable: of the head's output, in at least fp32."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return self.softcap * torch.tanh(wide / self.softcap) if self.softcap else wide
+
 
 PLAIN_LOGITS = LogitTransform()
 
@@ -119,9 +124,7 @@ def token_losses_reference(
     logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, ignore_index: int
 ) -> TokenLosses:
     """The definition, from the head's raw output `[T, V]`."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * transform.scale
-    if transform.softcap:
-        wide = transform.softcap * torch.tanh(wide / transform.softcap)
+    wide = transform.of(logits)
     log_probs = torch.log_softmax(wide, dim=-1)
     ignored = labels == ignore_index
     target = log_probs.gather(-1, labels.masked_fill(ignored, 0)[:, None])[:, 0]

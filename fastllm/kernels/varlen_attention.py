@@ -1,6 +1,6 @@
-"""Causal attention inside documents or within a window through torch's flash kernel for sequences of many lengths.
+"""Attention inside documents or within a window through torch's flash kernel for sequences of many lengths.
 
-    out_i = sum_j softmax_j(scaling * q_i k_j) v_j        j in the document of i, i - window < j <= i
+    out_i = sum_j softmax_j(scaling * q_i k_j) v_j        j in the document of i; causal: i - window < j <= i
 
 Shapes: q, out [B, H, S, E]; k, v [B, K, S, E] with H a multiple of K; the kernel's own layout is [B * S, heads, E].
 Dtypes: fp16 and bf16; the softmax and its statistics are fp32.
@@ -43,12 +43,13 @@ def varlen_forward(
     scaling: float,
     dropout: float = 0.0,
     window: int = 0,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, tuple[Any, ...]]:
     """(out, what the backward needs besides) outside autograd."""
     offsets, longest = documents.cu_seqlens, documents.max_seqlen
     out, lse, rng_state, unused, _ = aten._flash_attention_forward(
-        *_by_token(q, k, v), offsets, offsets, longest, longest, dropout, True, False, scale=scaling,
-        window_size_left=_left(window), window_size_right=0,
+        *_by_token(q, k, v), offsets, offsets, longest, longest, dropout, causal, False, scale=scaling,
+        window_size_left=_left(window), window_size_right=0 if causal else -1,
     )  # fmt: skip
     return _by_head(out, q), (lse, rng_state, unused)
 
@@ -65,14 +66,15 @@ def varlen_backward(
     scaling: float,
     dropout: float = 0.0,
     window: int = 0,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each in its shape."""
     lse, rng_state, unused = saved
     offsets, longest = documents.cu_seqlens, documents.max_seqlen
     dout_rows, q_rows, k_rows, v_rows, out_rows = _by_token(dout, q, k, v, out)
     dq, dk, dv = aten._flash_attention_backward(
-        dout_rows, q_rows, k_rows, v_rows, out_rows, lse, offsets, offsets, longest, longest, dropout, True,
-        rng_state, unused, scale=scaling, window_size_left=_left(window), window_size_right=0,
+        dout_rows, q_rows, k_rows, v_rows, out_rows, lse, offsets, offsets, longest, longest, dropout, causal,
+        rng_state, unused, scale=scaling, window_size_left=_left(window), window_size_right=0 if causal else -1,
     )  # fmt: skip
     return _by_head(dq, q), _by_head(dk, k), _by_head(dv, v)
 

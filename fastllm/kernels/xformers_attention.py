@@ -1,6 +1,6 @@
-"""Causal attention through an installed xformers, for GPUs on which torch has no flash kernel (Turing and older).
+"""Attention through an installed xformers, for GPUs on which torch has no flash kernel (Turing and older).
 
-    out = softmax(scaling * q k^T + causal mask) v
+    out = softmax(scaling * q k^T) v, with a causal mask or none
 
 Its forward and backward are two functions, as the decoder layer needs them, without dropout. Grouped heads work in
 xformers' forward only, so key and value heads come here as many as query heads.
@@ -36,7 +36,7 @@ def xformers_ops() -> Any | None:
 
 
 def xformers_serves(q: torch.Tensor, dropout: float) -> bool:
-    """Whether a causal case of CUDA queries `q`, fp16 or bf16, can run through xformers here."""
+    """Whether a case of CUDA queries `q`, fp16 or bf16, can run through xformers here."""
     capability = torch.cuda.get_device_capability(q.device)
     lowest, highest = _CAPABILITIES
     is_covered = lowest <= capability <= highest and (q.dtype == torch.float16 or capability >= (8, 0))
@@ -47,13 +47,13 @@ def xformers_serves(q: torch.Tensor, dropout: float) -> bool:
 
 
 def xformers_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, *, causal: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, log-sum-exp) outside autograd; the second is for `xformers_backward`, in a layout of xformers' own."""
     ops = xformers_ops()
     assert ops is not None
     out, lse = ops.memory_efficient_attention_forward_requires_grad(
-        *_by_rows(q, k, v), attn_bias=ops.LowerTriangularMask(), scale=scaling
+        *_by_rows(q, k, v), attn_bias=_bias(causal), scale=scaling
     )
     return out.transpose(1, 2), lse
 
@@ -66,15 +66,23 @@ def xformers_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     scaling: float,
+    *,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, S, E]."""
     ops = xformers_ops()
     assert ops is not None
     dout_rows, out_rows = _by_rows(dout, out)
     dq, dk, dv = ops.memory_efficient_attention_backward(
-        dout_rows, out_rows, lse, *_by_rows(q, k, v), attn_bias=ops.LowerTriangularMask(), scale=scaling
+        dout_rows, out_rows, lse, *_by_rows(q, k, v), attn_bias=_bias(causal), scale=scaling
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _bias(causal: bool) -> Any:
+    ops = xformers_ops()
+    assert ops is not None
+    return ops.LowerTriangularMask() if causal else None
 
 
 def _by_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:

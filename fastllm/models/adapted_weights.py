@@ -13,6 +13,7 @@ from torch import nn
 
 from .._errors import ModelError, UnsupportedError
 from ..kernels.nf4 import Nf4Weight, dequantize_nf4
+from .embedding_offload import device_of
 from .lora_view import projection_of
 from .weight_edits import Edit, LowRank, Part, Replace, Rows, Shift, WeightDecomposed
 
@@ -238,5 +239,6 @@ def training_precision(model: nn.Module) -> torch.autocast:
     Modules that are trained in full are held in fp32, which the 16-bit layers behind them do not take as it is.
     """
     halves = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=min(halves, key=str, default=torch.bfloat16), enabled=bool(halves))
+    return torch.autocast(
+        device_of(model).type, dtype=min(halves, key=str, default=torch.bfloat16), enabled=bool(halves)
+    )

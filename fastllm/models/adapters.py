@@ -15,6 +15,7 @@ from torch import nn
 
 from .._errors import ArgumentError, MissingPackageError, UnsupportedError, nearest, reject_unknown
 from .._notices import notice, warn
+from .embedding_offload import is_offloaded
 from .memory import checkpointing_setting
 from .mixed_precision import hold_in_fp32
 from .model_methods import CHECKPOINTING, PLANNER, TRAINED_IN_FULL
@@ -24,6 +25,8 @@ from .vision_layout import Parts, has_vision, target_pattern
 
 # Named as targets, these are trained in full: a low-rank update of an embedding learns new tokens badly.
 _VOCABULARY = ("embed_tokens", "lm_head")
+# Matrices that hold several projections in some families, as Phi-3.
+_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def add_adapter(model: Any, request: AdapterRequest, known: Iterable[str]) -> An
         return model
     setting = checkpointing_setting(request.use_gradient_checkpointing)
     targets, in_full = _targets(model, request)
+    _refuse_offloaded(model, in_full)
     set_seed(request.random_state)
     config = LoraConfig(
         r=_rank(request.r),
@@ -181,12 +185,32 @@ def _targets(model: Any, request: AdapterRequest) -> tuple[list[str] | str, list
     in_full = list(request.modules_to_save or [])
     if isinstance(targets, str):
         return targets, _existing(model, in_full, "modules_to_save")
-    targets = _existing(model, targets, "target_modules")
+    targets = _existing(model, _merged(model, targets), "target_modules")
     moved = [name for name in targets if name.rsplit(".", 1)[-1] in _VOCABULARY]
     if moved:
         notice(f"fastllm: {', '.join(moved)} in target_modules is trained in full, in fp32, instead of by LoRA")
     in_full += [name for name in moved if name not in in_full]
     return [name for name in targets if name not in moved], _existing(model, in_full, "modules_to_save")
+
+
+def _refuse_offloaded(model: Any, in_full: Sequence[str]) -> None:
+    embedding = unwrapped(model).get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    if is_offloaded(embedding) and any(name == part or name.endswith(f".{part}") for part in in_full):
+        raise ArgumentError(
+            f"{name} is in host memory, where it is not trained", where="get_peft_model",
+            fix="from_pretrained(..., offload_embedding=False)",
+        )  # fmt: skip
+
+
+def _merged(model: nn.Module, targets: list[str]) -> list[str]:
+    """Targets with the projections that the model holds as one matrix called by that one's name."""
+    held = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for merged, parts in _MERGED.items():
+        if merged in held and held.isdisjoint(parts) and set(parts) <= set(targets):
+            notice(f"fastllm: {', '.join(parts)} are one matrix in this model; its LoRA goes on {merged}")
+            targets = [merged, *(name for name in targets if name not in (*parts, merged))]
+    return targets
 
 
 def listed_targets(targets: Sequence[str] | str) -> list[str] | str:

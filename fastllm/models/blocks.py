@@ -18,8 +18,9 @@ from transformers.utils import can_return_tuple
 from .._compat import attentions_are_collected, default_causal_lm_loss, has_foreign_hooks
 from .._notices import notice
 from ..kernels.attention import AttentionCase, attention
-from ..kernels.decoder_layer import DecoderLayer, Keep, LayerCall, Norm, decoder_layer
+from ..kernels.decoder_layer import decoder_layer
 from ..kernels.glu import glu
+from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm, qkv_widths
 from ..kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LabelCount,
@@ -31,33 +32,39 @@ from ..kernels.linear_cross_entropy import (
 from ..kernels.lora import ProjectionGroup, project_group
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
+from .arch import Arch
 from .logits import LazyLogits
 from .lora_view import group_of
 from .memory import ActivationPlanner
-from .mixed_precision import mixed_precision
+from .mixed_precision import WIDENS, mixed_precision
 from .model_methods import PLANNER, ModelMethods
 from .packed_rows import keep_documents_apart, mask_of_documents, window_of
 
 Forward = Callable[..., Any]
 
-_ACTIVATIONS = {
+# config.hidden_act -> name in fastllm.kernels.activation
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
 }
 # What transformers passes down to attention functions and fastllm's own dispatch serves or may ignore.
 _IGNORABLE = frozenset(
-    {"use_cache", "position_ids", "cache_position", "output_attentions", "output_hidden_states", "documents"}
-)
+    {
+        "use_cache", "cache_position", "output_attentions", "output_hidden_states", "documents",
+        "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask",
+    }
+)  # fmt: skip
 
 
 def norm_forward(*, offset: float = 0.0) -> Forward:
     """RMSNorm. With `offset` 1 the weight is stored as its distance from one (Gemma)."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, offset=offset)
+        return rms_norm(hidden_states, self.weight, _eps(self), offset=offset)
 
     return forward
 
@@ -70,8 +77,18 @@ def mlp_forward(otherwise: Forward) -> Forward:
         if isinstance(groups, str):
             return otherwise(self, x)
         gate_up, down = groups
-        gate, up = project_group(x, gate_up).split([p.out_features for p in gate_up.projections], dim=-1)
-        return project_group(glu(gate, up, _ACTIVATIONS[self.config.hidden_act]), down)
+        gate, up = project_group(x, gate_up).chunk(2, dim=-1)
+        return project_group(glu(gate, up, ACTIVATIONS[_activation_name(self)]), down)
+
+    return forward
+
+
+def embedding_forward(otherwise: Forward) -> Forward:
+    """Embeddings in fp32 where the weights are fp16: the residual stream takes its dtype from them."""
+
+    def forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = otherwise(self, input_ids)
+        return embedded.float() if embedded.dtype == torch.float16 else embedded
 
     return forward
 
@@ -100,7 +117,7 @@ def attention_forward(otherwise: Forward) -> Forward:
             )  # fmt: skip
         qkv, output = groups
         assert position_embeddings is not None
-        parts = project_group(hidden_states, qkv).split([p.out_features for p in qkv.projections], dim=-1)
+        parts = project_group(hidden_states, qkv).split(qkv_widths(qkv, output), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         q, k = (getattr(self, name)(x) if hasattr(self, name) else x for name, x in (("q_norm", q), ("k_norm", k)))
         q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
@@ -138,6 +155,7 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
             return call(hidden_states)
         assert position_embeddings is not None
         cos, sin = position_embeddings
+        kwargs["position_ids"] = position_ids  # flash-attn keeps documents apart by them
         case = attention_case(self.self_attn, hidden_states, attention_mask, kwargs)
         keep, kept_weights = Keep.ALL, None
         if torch.is_grad_enabled():
@@ -167,16 +185,18 @@ def causal_lm_forward(otherwise: Forward) -> Forward:
     ) -> CausalLMOutputWithPast:
         targets = labels if labels is not None else kwargs.get("shift_labels")
         reason = "there are no labels" if targets is None else head_reason(self)
+        is_step = self.training and torch.is_grad_enabled()
+        if use_cache is None and targets is not None and (is_step or position_ids is not None):
+            # Nobody reads this cache; with one no layer runs fused, and transformers lets packed rows see each other.
+            use_cache = False
         if reason is None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            if use_cache is None and self.training and torch.is_grad_enabled():
-                use_cache = False  # nobody reads a training step's cache, and with one no layer runs fused
             loss, outputs = _fused_loss(
                 self, labels, use_cache=use_cache, input_ids=input_ids, attention_mask=attention_mask,
                 position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs,
             )  # fmt: skip
             return CausalLMOutputWithPast(
                 loss=loss,
-                logits=LazyLogits(outputs.last_hidden_state, self.lm_head),  # pyright: ignore[reportArgumentType]
+                logits=LazyLogits(outputs.last_hidden_state, self.lm_head, logit_transform(self.config)),  # pyright: ignore[reportArgumentType]
                 past_key_values=outputs.past_key_values,
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
@@ -215,45 +235,57 @@ def token_losses(
 
 
 def decoder_classes(
-    module: Any, prefix: str, *, norm_offset: float = 0.0, names: Mapping[str, str] = {}
+    module: Any, prefix: str, *, norm_offset: float = 0.0, caps_scores: bool = False, names: Mapping[str, str] = {}
 ) -> dict[type, type]:
     """Fast subclasses of a transformers modeling module whose decoder is Llama's: pre-norm, rotary attention, GLU MLP.
 
     Each keeps the name of the class it stands for, e.g. `LlamaMLP`. `names` gives those that are not called by prefix
-    and suffix.
+    and suffix. `caps_scores`: attention heeds `attn_logit_softcapping`, which some configs have without a use for it.
     """
 
     def class_of(suffix: str) -> Any:
         return getattr(module, names.get(suffix, prefix + suffix))
 
-    def subclass(suffix: str, *mixins: type, **attributes: Any) -> dict[type, type]:
-        original = class_of(suffix)
-        attributes["__module__"] = __name__
-        return {original: type(original.__name__, (*mixins, original), attributes)}
-
-    def own_forward(suffix: str) -> Forward:
-        return class_of(suffix).forward
-
+    norm, mlp, attention_class, layer = map(class_of, ("RMSNorm", "MLP", "Attention", "DecoderLayer"))
     return {
-        **subclass("RMSNorm", forward=norm_forward(offset=norm_offset), weight_offset=norm_offset),
-        **subclass("MLP", forward=mlp_forward(own_forward("MLP"))),
-        **subclass("Attention", forward=attention_forward(own_forward("Attention"))),
-        **subclass(
-            "DecoderLayer",
-            forward=decoder_layer_forward(own_forward("DecoderLayer")),
-            gradient_checkpointing=property(lambda self: False, _checkpointing_requested),
+        **_subclass(norm, forward=norm_forward(offset=norm_offset), weight_offset=norm_offset),
+        **_subclass(mlp, forward=mlp_forward(mlp.forward)),
+        **_subclass(attention_class, forward=attention_forward(attention_class.forward), caps_scores=caps_scores),
+        **_subclass(
+            layer,
+            forward=decoder_layer_forward(layer.forward),
+            gradient_checkpointing=property(lambda self: False, checkpointing_requested),
         ),
-        **subclass("ForCausalLM", ModelMethods, forward=causal_lm_forward(own_forward("ForCausalLM"))),
     }
+
+
+def model_class(original: Any) -> dict[type, type]:
+    """The fast subclass of a model with a language-model head, e.g. `LlamaForCausalLM`."""
+    return _subclass(original, ModelMethods, forward=causal_lm_forward(original.forward))
+
+
+def embedding_class(original: Any) -> dict[type, type]:
+    """The fast subclass of the embedding of a family whose residual stream passes the range of fp16."""
+    return _subclass(original, forward=embedding_forward(original.forward), **{WIDENS: True})
+
+
+def causal_lm_arch(
+    model_type: str, module: Any, prefix: str, *, more: Mapping[type, type] = {}, **options: Any
+) -> Arch:
+    """The record of a text family whose classes are all called by prefix and suffix; options of `decoder_classes`.
+    `more`: fast classes of further modules of the decoder."""
+    decoder = {**decoder_classes(module, prefix, **options), **more}
+    return Arch(model_type, model_class(getattr(module, f"{prefix}ForCausalLM")), decoder)
 
 
 def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
     """(gate and up, down), or why they can't be fused."""
     if _activation(mlp) is None:
-        return f"its activation is {mlp.config.hidden_act!r}"
-    gate_up = group_of(mlp, "gate_up", (mlp.gate_proj, mlp.up_proj))
+        return f"its activation is {_activation_name(mlp)!r}"
+    names = ("gate_up_proj",) if "gate_up_proj" in mlp._modules else ("gate_proj", "up_proj")
+    gate_up = group_of(mlp, "gate_up", [mlp._modules[name] for name in names])
     if isinstance(gate_up, str):
-        return f"gate_proj or up_proj: {gate_up}"
+        return f"{' or '.join(names)}: {gate_up}"
     down = group_of(mlp, "down", (mlp.down_proj,))
     return f"down_proj: {down}" if isinstance(down, str) else (gate_up, down)
 
@@ -261,39 +293,50 @@ def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
 def attention_groups(attention_module: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
     """(q, k and v; o), or why they can't be fused."""
     module = attention_module
-    qkv = group_of(module, "qkv", (module.q_proj, module.k_proj, module.v_proj))
+    if not getattr(module, "is_causal", True):
+        return "its attention sees later tokens"
+    names = ("qkv_proj",) if "qkv_proj" in module._modules else ("q_proj", "k_proj", "v_proj")
+    qkv = group_of(module, "qkv", [module._modules[name] for name in names])
     if isinstance(qkv, str):
-        return f"q_proj, k_proj or v_proj: {qkv}"
+        return f"{' or '.join(names)}: {qkv}"
     output = group_of(module, "output", (module.o_proj,))
     return f"o_proj: {output}" if isinstance(output, str) else (qkv, output)
 
 
 def fused_layer(layer: Any) -> DecoderLayer | str:
     """The decoder layer as tensors and numbers, or why it can't run as one node."""
+    if "self_attn" not in layer._modules:
+        return "their attention is cross-attention"
     attention_module, mlp = layer.self_attn, layer.mlp
     for name, module in layer._modules.items():
         if has_foreign_hooks(module):
             return f"a forward hook is registered on {name}"
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            return f"{name} is {module.p}"
     attention_part = attention_groups(attention_module)
     if isinstance(attention_part, str):
         return attention_part
     mlp_part = mlp_groups(mlp)
     if isinstance(mlp_part, str):
         return mlp_part
-    heads = attention_module._modules
+    heads, norms = attention_module._modules, layer._modules
     activation = _activation(mlp)
     assert activation is not None
+    # Gemma 2 and 3 call the norm before the MLP so, and have one after each half besides.
+    norms_outputs = "pre_feedforward_layernorm" in norms
     return DecoderLayer(
         input_norm=_norm(layer.input_layernorm),
         qkv=attention_part[0],
         output=attention_part[1],
-        post_norm=_norm(layer.post_attention_layernorm),
+        post_norm=_norm(norms["pre_feedforward_layernorm" if norms_outputs else "post_attention_layernorm"]),
         gate_up=mlp_part[0],
         down=mlp_part[1],
         activation=activation,
         head_dim=attention_module.head_dim,
         query_norm=_norm(heads["q_norm"]) if "q_norm" in heads else None,
         key_norm=_norm(heads["k_norm"]) if "k_norm" in heads else None,
+        attention_out_norm=_norm(norms["post_attention_layernorm"]) if norms_outputs else None,
+        mlp_out_norm=_norm(norms["post_feedforward_layernorm"]) if norms_outputs else None,
     )
 
 
@@ -315,6 +358,8 @@ def head_reason(model: Any) -> str | None:
     reason = None
     if model.loss_function is not default_causal_lm_loss():
         reason = "model.loss_function is not the causal language-model loss"
+    elif getattr(model.config.get_text_config(), "use_bidirectional_attention", None):
+        reason = "attention sees later tokens"
     else:
         group = head_group(model)
         reason = group if isinstance(group, str) else None
@@ -338,23 +383,27 @@ def attention_case(
     module: Any, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> AttentionCase:
     """The attention of one call. Other implementations than SDPA are called as transformers calls them."""
-    dropout = module.attention_dropout if module.training else 0.0
+    # Llama 3.2 Vision calls its attention's dropout plainly so.
+    rate = module.attention_dropout if hasattr(module, "attention_dropout") else module.dropout
+    dropout = rate if module.training else 0.0
     implementation = module.config._attn_implementation
     documents, window = kwargs.get("documents"), window_of(module)
+    softcap = (module.attn_logit_softcapping or 0.0) if module.caps_scores else 0.0
     if implementation in ("sdpa", "eager") and not kwargs.get("output_attentions"):
         if documents is None:
-            return AttentionCase(module.scaling, mask, dropout)
+            return AttentionCase(module.scaling, mask, dropout, softcap=softcap)
         packed = documents.on(hidden_states.device) if documents.is_packed else None
         window = window if window < documents.length else 0
-        return AttentionCase(module.scaling, None, dropout, documents=packed, sliding_window=window)
+        return AttentionCase(module.scaling, None, dropout, documents=packed, sliding_window=window, softcap=softcap)
     if documents is not None:
         mask = mask_of_documents(documents, module, hidden_states)
     passed = {name: value for name, value in kwargs.items() if name not in _IGNORABLE}
-    sliding = {"sliding_window": window} if window else {}
+    options = {"sliding_window": window} if window else {}
+    options |= {"softcap": softcap} if softcap else {}
     interface = ALL_ATTENTION_FUNCTIONS[implementation]
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out, _ = interface(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **sliding, **passed)
+        out, _ = interface(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **options, **passed)
         return out.transpose(1, 2)
 
     return AttentionCase(module.scaling, mask, dropout, run)
@@ -388,7 +437,8 @@ def _run_decoder(
         # Causal attention never lets a token see padding to its right.
         inputs["attention_mask"] = None
     keep_documents_apart(model.config, inputs)
-    outputs = model.model(**inputs)
+    with mixed_precision(model):
+        outputs = model.model(**inputs)
     outputs.last_hidden_state = outputs.last_hidden_state.to(device)
     return shift_labels.to(device), outputs, count
 
@@ -402,7 +452,7 @@ def _is_right_padding(mask: torch.Tensor | None, aligned_labels: torch.Tensor) -
     return bool(ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any())
 
 
-def _checkpointing_requested(layer: Any, value: bool) -> None:
+def checkpointing_requested(layer: Any, value: bool) -> None:
     """A trainer switches transformers' checkpointing: fused layers follow the model's own setting instead."""
     planner = layer.__dict__.get(PLANNER)
     if planner is not None and bool(value) != (planner.setting is not False):
@@ -413,12 +463,24 @@ def _checkpointing_requested(layer: Any, value: bool) -> None:
         )
 
 
+def _subclass(original: Any, *mixins: type, **attributes: Any) -> dict[type, type]:
+    return {original: type(original.__name__, (*mixins, original), {**attributes, "__module__": __name__})}
+
+
 def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon, getattr(type(module), "weight_offset", 0.0))
+    return Norm(module.weight, _eps(module), getattr(type(module), "weight_offset", 0.0))
+
+
+def _eps(norm: Any) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def _activation(mlp: Any) -> str | None:
-    return _ACTIVATIONS.get(mlp.config.hidden_act)
+    return ACTIVATIONS.get(_activation_name(mlp))
+
+
+def _activation_name(mlp: Any) -> str:
+    return getattr(mlp.config, "hidden_activation", None) or mlp.config.hidden_act
 
 
 def _bind(function: Forward, module: Any, **kwargs: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -45,8 +45,9 @@ def calibration_data(rows: Any, num_samples: int, max_length: int) -> Calibratio
 
 @dataclass
 class Moments:
-    """E[x^2] of each column and E[g^2] of each row of linear weights, by the weight's name. `embeddings` holds for each
-    row of an embedding E[g^2] where it was read, times how often a token is that one."""
+    """E[x^2] of each column and E[g^2] of each row of linear weights, by the weight's name; of stacked experts, by the
+    expert, E[x^2] over the tokens that it met and E[g^2] over all tokens. `embeddings` holds for each row of an
+    embedding E[g^2] where it was read, times how often a token is that one."""
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -80,7 +81,8 @@ def calibrate(model: Any, tokenizer: Any, data: CalibrationData, *, gradients: b
     name = next(name for name, module in model.named_modules() if module is embedding)
     # Gemma's embedding scales what it reads, and so every change of a row.
     scale = float(getattr(embedding, "embed_scale", 1.0))
-    return Moments(inputs.means(), outputs.means(), {f"{name}.weight": rows * (scale**2 / num_tokens)}, num_tokens)
+    embeddings = {f"{name}.weight": rows * (scale**2 / num_tokens)}
+    return Moments(inputs.means(), outputs.shares(num_tokens), embeddings, num_tokens)
 
 
 def token_chunks(tokenizer: Any, data: CalibrationData, length: int) -> list[torch.Tensor]:
@@ -124,6 +126,39 @@ def linear_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
         yield from linear_layers(child, f"{name}.{child_name}" if name else child_name)
 
 
+def expert_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name without PEFT, module) of each stack of experts: `gate_up_proj` [E, 2 F, D], `down_proj` [E, D, F]."""
+    for name, module in model.named_modules():
+        stacks = [getattr(module, part, None) for part in ("gate_up_proj", "down_proj")]
+        is_plain = getattr(module, "is_concatenated", False) and not (module.is_transposed or module.has_bias)
+        if is_plain and all(isinstance(stack, torch.Tensor) and stack.dim() == 3 for stack in stacks):
+            yield name.replace(".base_layer", ""), module
+
+
+def run_experts(
+    experts: Any,
+    watch: Callable[[str, torch.Tensor, torch.Tensor, int], None],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The forward of transformers' stacked experts, one expert after the other: `watch(stack, rows, products, expert)`
+    sees what goes into each product and what comes out."""
+    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj  # an adapter is added each time they are read
+    result = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
+        rows = hidden_states[tokens]
+        gate_up = F.linear(rows, gate_up_proj[expert])
+        watch("gate_up_proj", rows, gate_up, expert)
+        inner = experts._apply_gate(gate_up)
+        down = F.linear(inner, down_proj[expert])
+        watch("down_proj", inner, down, expert)
+        weighted = down * top_k_weights[tokens, places, None]
+        result = result.index_add(0, tokens, weighted.to(result.dtype))
+    return result
+
+
 @contextmanager
 def _watched(model: Any, inputs: SecondMoments, outputs: SecondMoments | None) -> Iterator[list[torch.Tensor]]:
     """The model in evaluation mode with hooks. Yields the list that each forward appends its embedded tokens to: with
@@ -134,21 +169,40 @@ def _watched(model: Any, inputs: SecondMoments, outputs: SecondMoments | None) -
         embedded.append(output.detach().requires_grad_(outputs is not None))
         return embedded[-1]
 
-    def watch(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        def see(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            inputs.add(name, args[0])
-            if outputs is not None:
-                output.register_hook(functools.partial(outputs.add, name))
+    def see(name: str, rows: torch.Tensor, products: torch.Tensor, **place: Any) -> None:
+        inputs.add(name, rows, **place)
+        if outputs is not None:
+            products.register_hook(functools.partial(outputs.add, name, **place))
 
-        return see
+    def watch_linear(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        see(f"{name}.weight", args[0], output)
 
-    hooks = [module.register_forward_hook(watch(f"{name}.weight")) for name, module in linear_layers(model)]
-    hooks.append(model.get_input_embeddings().register_forward_hook(see_embedding))
-    was_training = model.training
-    model.eval()
-    try:
+    def watch_expert(name: str, count: int, stack: str, rows: torch.Tensor, products: torch.Tensor, index: int) -> None:
+        ids = torch.full((len(rows),), index, device=rows.device)
+        see(f"{name}.{stack}", rows, products, experts=ids, num_experts=count)
+
+    with ExitStack() as undo:
+        for name, module in linear_layers(model):
+            hook = module.register_forward_hook(functools.partial(watch_linear, name))
+            undo.callback(hook.remove)
+        for name, module in expert_layers(model):
+            watch = functools.partial(watch_expert, name, module.num_experts)
+            undo.enter_context(_forward_of(module, functools.partial(run_experts, module, watch)))
+        undo.callback(model.get_input_embeddings().register_forward_hook(see_embedding).remove)
+        undo.callback(model.train, model.training)
+        model.eval()
         yield embedded
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """This one module with another forward."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
     finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,37 +1,48 @@
 """Saving a trained model as GGUF files: merged tensor by tensor and quantized on the way, with no model in between.
 
-A merge plan (`merge_plan`) says what each tensor is, `fastllm.gguf` where it goes and in which type. What is decided
-without weights, `plan_gguf` answers before any training.
+A merge plan (`merge_plan`) says what each tensor is, `fastllm.gguf` where it goes and in which type. A vision-language
+model becomes two files, the language model and its `mmproj`, in the same pass. What is decided without weights,
+`plan_gguf` answers before any training.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from .._errors import ArgumentError, FastllmError, TokenizerError, UnsupportedError, nearest
+from .._errors import ArgumentError, FastllmError, UnsupportedError, nearest
 from .._notices import notice
-from ..gguf import ExplicitRecipe, ExportPlan, Recipe, export_gguf, export_plan, static_mix, write_lora_gguf
-from ..gguf.architectures import architecture_of, gguf_names
+from ..gguf import (
+    ExplicitRecipe,
+    ExportPlan,
+    Recipe,
+    export_gguf,
+    export_plan,
+    mmproj_plan,
+    static_mix,
+    write_lora_gguf,
+)
+from ..gguf.architectures import Layout, Target, architecture_of
 from ..gguf.atomic import atomic_file, require_space
 from ..gguf.dynamic import candidates, dynamic_base, dynamic_recipe
 from ..gguf.export import canonical_name
 from ..gguf.importance import load_imatrix
-from ..gguf.sensitivity import embedding_divergences, expected_divergences
+from ..gguf.sensitivity import SAMPLED_ROWS, embedding_divergences, expected_divergences
+from ..gguf.tensor_types import TensorType
 from ..text.ollama import modelfile_of
 from .adapted_weights import read_adapters
 from .calibration import CalibrationData, Moments, calibrate
+from .gguf_processor import chat_template_of, image_settings, processor_of, saved_tokenizer, tokenizer_of
 from .merge_plan import MergePlan, plan_merge
 from .merging import finite_block, merged_config, tell_source
-from .model_methods import TOKENIZER
 from .modes import release_weights
 from .patch import unwrapped
 
@@ -50,6 +61,7 @@ class GgufRequest:
     folder: Path
     tokenizer: Any = None
     quantization_method: Any = _DEFAULT
+    mmproj_type: str = "f16"
     save_method: str | None = None
     imatrix_file: Any = None
     calibration: CalibrationData | None = None
@@ -70,20 +82,27 @@ class _Method:
         return re.sub(r"[^\w.-]+", "_", f"{'dynamic_' if self.is_dynamic else ''}{self.recipe.name}".upper())
 
 
-def plan_gguf(model: Any, tokenizer: Any = None, quantization_method: Any = _DEFAULT) -> ExportPlan:
+def plan_gguf(
+    model: Any, tokenizer: Any = None, quantization_method: Any = _DEFAULT, mmproj_type: str = "f16"
+) -> ExportPlan:
     """What exporting the model would write, from its configuration and tokenizer alone.
 
     Raises `UnsupportedError` for an architecture, setting or quantization that can't be exported, `TokenizerError` for
     a tokenizer that llama.cpp can't reproduce.
     """
     model = unwrapped(model)
-    method, *others = _methods(GgufRequest(Path(), quantization_method=quantization_method), str(model.dtype))
+    request = GgufRequest(Path(), tokenizer, quantization_method, mmproj_type)
+    method, *others = _methods(request, str(model.dtype))
     if others:
         raise ArgumentError(
             f"got {1 + len(others)} methods", where="export_plan", fix="ask for the plan of one method at a time"
         )
-    with _saved_tokenizer(_tokenizer_of(model, tokenizer)) as tokenizer_dir:
-        return export_plan(model.config.to_dict(), tokenizer_dir, method.recipe, name=base_name(model))
+    with saved_tokenizer(tokenizer_of(model, tokenizer)) as tokenizer_dir:
+        plan = export_plan(
+            model.config.to_dict(), tokenizer_dir, method.recipe, chat_template=chat_template_of(model, tokenizer),
+            name=base_name(model),
+        )  # fmt: skip
+    return replace(plan, mmproj=_mmproj_plan(model, request))
 
 
 def check_request(model: Any, request: GgufRequest) -> None:
@@ -98,7 +117,8 @@ def check_request(model: Any, request: GgufRequest) -> None:
     if request.save_method == "lora":
         _lora_type(request)
         return
-    _tokenizer_of(model, request.tokenizer)
+    tokenizer_of(model, request.tokenizer)
+    _mmproj_plan(model, request)
     methods = _methods(request, str(model.dtype))
     if request.calibration is None and any(method.is_dynamic for method in methods):
         raise ArgumentError(
@@ -121,38 +141,46 @@ def save_gguf(model: Any, request: GgufRequest) -> dict[str, Any]:
     if request.save_method == "lora":
         return _written(request, [_save_lora(model, request)], None, full_precision=True)
     release_weights(model, "the model is saved")
-    tokenizer = _tokenizer_of(model, request.tokenizer)
+    tokenizer = tokenizer_of(model, request.tokenizer)
+    template = chat_template_of(model, request.tokenizer)
     methods = _methods(request, str(model.dtype))
     plan = plan_merge(model)
     tell_source(model, plan)
     source = _Source(model, tokenizer, plan, merged_config(model, plan).to_dict())
-    with _saved_tokenizer(tokenizer) as tokenizer_dir:
+    with saved_tokenizer(tokenizer) as tokenizer_dir:
         paths = {request.folder / f"{base_name(model)}.{method.label}.gguf": method for method in methods}
         static = {
-            path: export_plan(source.config, tokenizer_dir, method.recipe, has_importance=_has_importance(request))
+            path: export_plan(
+                source.config, tokenizer_dir, method.recipe, chat_template=template,
+                has_importance=_has_importance(request),
+            )
             for path, method in paths.items()
-        }
-        require_space({path: static_plan.num_bytes for path, static_plan in static.items()})
+        }  # fmt: skip
+        tower = _mmproj_plan(model, request)
+        towers = {} if tower is None else {_mmproj_path(model, request): tower}
+        require_space({path: planned.num_bytes for path, planned in (static | towers).items()})
         moments = _measured(source, request, dynamic=any(method.is_dynamic for method in methods))
         importance = _importance(source, request, moments)
         outputs: dict[Any, Recipe] = {
             path: _dynamic(source, static[path], request, moments) if method.is_dynamic else method.recipe
             for path, method in paths.items()
         }
-        total = next(iter(static.values())).num_weights
+        total = sum(next(iter(plans.values())).num_weights for plans in (static, towers) if plans)
         with tqdm(total=total, desc="writing GGUF", unit=" weights", unit_scale=True, delay=1) as bar:
             export_gguf(
                 outputs, config=source.config, tokenizer_dir=tokenizer_dir, tensors=merged_tensors(plan, model.device),
-                importance=importance, name=base_name(model), progress=lambda done, _, name: bar.update(done - bar.n),
+                mmproj=dict.fromkeys(towers, request.mmproj_type), importance=importance, chat_template=template,
+                image_processor=image_settings(model, request.tokenizer) if towers else None, name=base_name(model),
+                progress=lambda done, _, name: bar.update(done - bar.n),
             )  # fmt: skip
     for path, recipe in outputs.items():
         if isinstance(recipe, ExplicitRecipe):
             recipe.save(path.with_suffix(".recipe.json"))
-    modelfile = _save_modelfile(tokenizer, next(iter(outputs)))
+    modelfile = _save_modelfile(processor_of(model, request.tokenizer), next(iter(outputs)), next(iter(towers), None))
     beside = "" if modelfile is None else f"; ollama create {base_name(model).lower()} -f {modelfile}"
-    notice(f"fastllm: {len(outputs)} GGUF files are in {request.folder}, written and read back{beside}")
+    notice(f"fastllm: {len(outputs) + len(towers)} GGUF files are in {request.folder}, written and read back{beside}")
     full_precision = any(method.recipe.name in ("f32", "f16", "bf16") for method in methods)
-    return _written(request, list(outputs), modelfile, full_precision=full_precision)
+    return _written(request, [*outputs, *towers], modelfile, full_precision=full_precision, is_vlm=bool(towers))
 
 
 @dataclass(frozen=True)
@@ -164,14 +192,29 @@ class _Source:
     plan: MergePlan
     config: Mapping[str, Any]
 
-    def gguf_name(self, weight_name: str) -> str | None:
-        """The one GGUF tensor that a linear weight becomes; a tied head is the embedding. None for split ones."""
-        names = gguf_names(self.config)
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        architecture, config = architecture_of(self.config)
+        return architecture.layout(config)
+
+    def targets(self, weight_name: str) -> list[Target]:
+        """The GGUF tensors that a weight becomes; a tied head is the embedding."""
         canonical = canonical_name(weight_name)
-        if canonical == "lm_head.weight" and canonical not in names:
+        if canonical == "lm_head.weight" and canonical not in self._layout.targets:
             canonical = "model.embed_tokens.weight"
-        targets = names.get(canonical, ())
-        return targets[0] if len(targets) == 1 else None
+        return self._layout.targets.get(canonical, [])
+
+    def num_experts(self, target: Target) -> int:
+        """Of the GGUF tensor that a checkpoint's tensor is one expert of; 1 where it is a whole tensor."""
+        return 1 if target.expert is None else self._layout.shapes[target.name][0]
+
+    def of_columns(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values for the columns of weights, by GGUF tensor."""
+        return {target.name: value for name, value in values.items() for target in self.targets(name)}
+
+    def of_rows(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values for the rows of weights, by GGUF tensor, in the order that its rows have there."""
+        return {target.name: target.change(value) for name, value in values.items() for target in self.targets(name)}
 
 
 def merged_tensors(plan: MergePlan, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -238,8 +281,7 @@ def _importance(source: _Source, request: GgufRequest, moments: Moments) -> dict
     """E[x^2] by GGUF name: from a file, or measured."""
     given = request.imatrix_file
     if given is None:
-        named = ((source.gguf_name(name), mean) for name, mean in moments.inputs.items())
-        return {name: mean for name, mean in named if name is not None} or None
+        return source.of_columns(moments.inputs) or None
     if isinstance(given, bool):
         raise UnsupportedError(
             "importance matrices are not downloaded", where="imatrix_file",
@@ -250,22 +292,22 @@ def _importance(source: _Source, request: GgufRequest, moments: Moments) -> dict
 
 def _dynamic(source: _Source, static: ExportPlan, request: GgufRequest, moments: Moments) -> ExplicitRecipe:
     """The recipe for this model within the size asked for, the static mix's own where none is."""
-    columns = {source.gguf_name(name): mean for name, mean in moments.inputs.items()}
-    rows = {source.gguf_name(name): mean for name, mean in moments.gradients.items()}
-    embeddings = {source.gguf_name(name): importance for name, importance in moments.embeddings.items()}
     kinds = candidates(static)
-    divergences: dict[str, dict[str, float]] = {}
+    divergences: dict[str, Counter[str]] = {}
+    columns, rows = source.of_columns(moments.inputs), source.of_rows(moments.gradients)
+    embeddings = source.of_rows(moments.embeddings)
     with tqdm(total=static.num_weights, desc="measuring types", unit=" weights", unit_scale=True, delay=1) as bar:
         for name, tensor in merged_tensors(source.plan, source.model.device):
-            target = source.gguf_name(name)
-            found = []
-            if target in kinds and target in columns:
-                x2, g2 = columns[target], rows[target]
-                found.append(expected_divergences(tensor, kinds[target], importance=x2, output_importance=g2))
-            if target in kinds and target in embeddings:  # a tied one is the head too
-                found.append(embedding_divergences(tensor, kinds[target], embeddings[target]))
-            if target is not None and found:
-                divergences[target] = {kind: sum(costs[kind] for costs in found) for kind in found[0]}
+            for target in source.targets(name):
+                measured = target.name in columns, target.name in embeddings  # a tied embedding is the head too
+                if target.name not in kinds or not any(measured):
+                    continue
+                weight, allowed = target.change(tensor), kinds[target.name]
+                costs = divergences.setdefault(target.name, Counter())  # to which each expert adds its own
+                if measured[0]:
+                    costs.update(_divergences(source, target, weight, allowed, columns, rows))
+                if measured[1]:
+                    costs.update(embedding_divergences(weight, allowed, embeddings[target.name]))
             bar.update(tensor.numel())
     left = [name for name in kinds if name not in divergences]
     if left:
@@ -274,6 +316,22 @@ def _dynamic(source: _Source, static: ExportPlan, request: GgufRequest, moments:
     return dynamic_recipe(
         static, divergences, bits_per_weight=request.target_bpw, max_size=request.max_size, notes=notes
     )
+
+
+def _divergences(
+    source: _Source,
+    target: Target,
+    weight: torch.Tensor,
+    kinds: list[TensorType],
+    columns: Mapping[str, torch.Tensor],
+    rows: Mapping[str, torch.Tensor],
+) -> dict[str, float]:
+    """What each type would cost a whole tensor, or one expert of it."""
+    x2, g2 = columns[target.name], rows[target.name]
+    if target.expert is not None:
+        x2, g2 = x2[target.expert], g2[target.expert]
+    sampled_rows = max(1, SAMPLED_ROWS // source.num_experts(target))
+    return expected_divergences(weight, kinds, importance=x2, output_importance=g2, sampled_rows=sampled_rows)
 
 
 def _save_lora(model: Any, request: GgufRequest) -> Path:
@@ -308,10 +366,10 @@ def _lora_type(request: GgufRequest) -> str:
     return kind
 
 
-def _save_modelfile(tokenizer: Any, path: Path) -> Path | None:
+def _save_modelfile(tokenizer: Any, path: Path, mmproj: Path | None) -> Path | None:
     """Ollama's Modelfile beside the first GGUF file; None, told with the reason, where the template has no Go form."""
     try:
-        text = modelfile_of(tokenizer, f"./{path.name}")
+        text = modelfile_of(tokenizer, f"./{path.name}", None if mmproj is None else f"./{mmproj.name}")
     except FastllmError as error:
         notice(f"fastllm: no Modelfile is written, Ollama takes the chat template of the GGUF file itself: {error}")
         return None
@@ -322,31 +380,27 @@ def _save_modelfile(tokenizer: Any, path: Path) -> Path | None:
     return target
 
 
-def _written(request: GgufRequest, files: list[Path], modelfile: Path | None, *, full_precision: bool) -> dict:
+def _written(
+    request: GgufRequest, files: list[Path], modelfile: Path | None, *, full_precision: bool, is_vlm: bool = False
+) -> dict:
     return {
         "save_directory": str(request.folder),
         "gguf_directory": str(request.folder),
         "gguf_files": [str(path) for path in files],
         "modelfile_location": None if modelfile is None else str(modelfile),
         "want_full_precision": full_precision,
-        "is_vlm": False,
+        "is_vlm": is_vlm,
         "fix_bos_token": False,
     }
 
 
-def _tokenizer_of(model: Any, tokenizer: Any) -> Any:
-    found = tokenizer if tokenizer is not None else getattr(model, TOKENIZER, None)
-    if found is None:
-        raise TokenizerError(
-            "a GGUF file holds the tokenizer, and none was given", where="save_pretrained_gguf",
-            fix='model.save_pretrained_gguf("folder", tokenizer)',
-        )  # fmt: skip
-    return getattr(found, "tokenizer", found)
+def _mmproj_plan(model: Any, request: GgufRequest) -> ExportPlan | None:
+    """The plan of the mmproj file; None for a model without a vision tower."""
+    config = model.config.to_dict()
+    if config.get("vision_config") is None:
+        return None
+    return mmproj_plan(config, image_settings(model, request.tokenizer), request.mmproj_type, name=base_name(model))
 
 
-@contextmanager
-def _saved_tokenizer(tokenizer: Any) -> Iterator[Path]:
-    """The tokenizer's files in a folder that goes again."""
-    with tempfile.TemporaryDirectory(prefix="fastllm-tokenizer-") as folder:
-        tokenizer.save_pretrained(folder)
-        yield Path(folder)
+def _mmproj_path(model: Any, request: GgufRequest) -> Path:
+    return request.folder / f"mmproj-{base_name(model)}-{request.mmproj_type.upper()}.gguf"

@@ -29,7 +29,8 @@ _LOAD_OPTIONS = ("quantization_config", "attn_implementation", "config", "tokeni
 # Arguments that `LoadRequest` has under the same name.
 _PASSED_ON = (
     "max_seq_length", "full_finetuning", "device_map", "rope_scaling", "fix_tokenizer", "trust_remote_code",
-    "use_gradient_checkpointing", "resize_model_vocab", "text_only", "patch", "strict", "fp8_compute",
+    "use_gradient_checkpointing", "resize_model_vocab", "text_only", "patch", "strict", "merge_micro_batches",
+    "offload_embedding", "fp8_compute",
 )  # fmt: skip
 DEFAULT_LENGTH = DefaultLength(2048)
 _HEAD_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
@@ -38,7 +39,6 @@ _LATER = {
     "load_in_fp8": (False, "weights stored in FP8 (fp8_compute=True multiplies in FP8)"),
     "fast_inference": (False, "generation through vLLM"),
     "qat_scheme": (None, "quantization-aware training"),
-    "offload_embedding": (False, "an embedding in host memory"),
     "unsloth_tiled_mlp": (False, "an MLP tiled along the sequence"),
 }
 # Arguments that only matter to vLLM: name -> default.
@@ -80,6 +80,7 @@ class FastLanguageModel:
         text_only: bool = False,
         patch: bool = True,
         strict: bool = False,
+        merge_micro_batches: bool = True,
         fp8_compute: bool = False,
         **options: Any,
     ) -> tuple[Any, Any]:
@@ -97,6 +98,9 @@ class FastLanguageModel:
             use_gradient_checkpointing: `"fastllm"` (alias `"unsloth"`) plans recomputation from the free memory,
                 `"offload"` uses the least memory, True recomputes every layer, False none.
             float32_mixed_precision: with full_finetuning, True holds the weights in fp32.
+            offload_embedding: keeps the input embedding in host memory, unless it is the head too.
+            merge_micro_batches: gradient accumulation of an SFTTrainer runs as fewer, larger batches where its own are
+                too small to fill the GPU and memory is free. The optimiser steps are the same.
             patch: False leaves the model to transformers' own code. `strict` raises where an architecture has no fast
                 classes, instead of doing that with a notice.
             fp8_compute: multiply the frozen weights of the decoder layers in FP8 (e4m3, scaled by row), forward and

@@ -15,10 +15,12 @@ from .._device import Device, default_device
 from .._errors import ArgumentError, ModelError, UnsupportedError
 from .._notices import notice, warn
 from ..text.rendering import tokenizer_of
-from .arch import get_arch, supported_model_types
+from .arch import arch_of, described, supported_model_types
+from .embedding_offload import offload_embedding
 from .fp8_compute import check_fp8_compute, use_fp8
 from .memory import checkpointing_setting
-from .model_methods import PLANNER, TOKENIZER, TRAINED_IN_FULL
+from .mixed_precision import widens
+from .model_methods import MERGES_MICRO_BATCHES, PLANNER, TOKENIZER, TRAINED_IN_FULL
 from .modes import checkpoint_blocks
 from .patch import adapt, decoder_layers
 from .processor import load_processor
@@ -56,6 +58,8 @@ class LoadRequest:
     config: Any = None
     patch: bool = True
     strict: bool = False
+    merge_micro_batches: bool = True
+    offload_embedding: bool = False
     fp8_compute: bool = False
     hub: Mapping[str, Any] = field(default_factory=dict)
 
@@ -102,9 +106,12 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
     tokenizer = _load_tokenizer(request, source, max_seq_length)
     settle_tokens(tokenizer_of(tokenizer), model, repair=request.fix_tokenizer)
     setattr(model, TOKENIZER, tokenizer)
+    setattr(model, MERGES_MICRO_BATCHES, request.merge_micro_batches)
     model.max_seq_length = max_seq_length
     if request.full_finetuning:
         _train_everything(model)
+    if request.offload_embedding:
+        offload_embedding(model)
     if source.adapter is not None:
         model = _attach_adapter(model, source.adapter, request)
     notice(_banner(source, precision, device, max_seq_length, time.perf_counter() - started))
@@ -266,10 +273,9 @@ def _device_map(device_map: Any, device: Device) -> Any:
 
 
 def _adapt(model: Any, request: LoadRequest, *, fp8_compute: bool) -> None:
-    model_type = model.config.model_type
-    arch = get_arch(model_type) if request.patch else None
+    arch = arch_of(model.config) if request.patch else None
     if arch is None and request.patch:
-        text = f"{model_type!r} has no fast classes yet; supported: {', '.join(supported_model_types())}"
+        text = f"{described(model.config)!r} has no fast classes yet; supported: {', '.join(supported_model_types())}"
         if request.strict:
             raise ModelError(
                 text, where=request.model_name, fix="leave strict=True out to train it with transformers' own code"
@@ -277,6 +283,8 @@ def _adapt(model: Any, request: LoadRequest, *, fp8_compute: bool) -> None:
         notice(f"fastllm: {text}. The model runs transformers' own forward.")
     setting = checkpointing_setting(request.use_gradient_checkpointing)
     adapt(model, arch, setting)
+    if widens(model):
+        notice("fastllm: the residual stream is held in fp32, as this family's passes the range of fp16")
     if arch is not None and fp8_compute:
         use_fp8(model, decoder_layers(model, arch))
     checkpoint_blocks(model, setting)

@@ -11,26 +11,32 @@ from typing import Any
 
 import torch
 
+from ..kernels.linear_cross_entropy import PLAIN_LOGITS, LogitTransform
+
 
 class LazyLogits(torch.Tensor):
-    """`head(hidden)` as float32 `[B, S, V]`, made on first use."""
+    """`transform.of(head(hidden))` as float32 `[B, S, V]`, made on first use."""
 
     _hidden: torch.Tensor
     _head: Any
+    _transform: LogitTransform
     _value: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, hidden: torch.Tensor, head: Any) -> LazyLogits:
+    def __new__(cls, hidden: torch.Tensor, head: Any, transform: LogitTransform = PLAIN_LOGITS) -> LazyLogits:
         shape = (*hidden.shape[:-1], head.weight.shape[0])
         lazy = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=hidden.device)
-        lazy._hidden, lazy._head, lazy._value = hidden, head, None
+        lazy._hidden, lazy._head, lazy._transform, lazy._value = hidden, head, transform, None
         return lazy
 
     def materialize(self) -> torch.Tensor:
         """The real tensor; the same one each time."""
         value = self._value
         if value is None:
-            value = self._value = self._head(self._hidden).float()
+            hidden, weight = self._hidden, self._head.weight
+            if hidden.dtype == torch.float32 and weight.dtype == torch.float16:
+                hidden = hidden.half()
+            value = self._value = self._transform.of(self._head(hidden)).float()
         return value
 
     def __repr__(self, *, tensor_contents: object = None) -> str:

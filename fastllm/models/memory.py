@@ -16,14 +16,20 @@ from .._device import free_bytes
 from .._errors import ArgumentError
 from .._notices import notice
 from ..kernels.attention import AttentionCase, choose_backend
-from ..kernels.decoder_layer import DecoderLayer, Keep
 from ..kernels.kept_weights import KeptWeights
+from ..kernels.layer_definition import DecoderLayer, Keep
+from ..kernels.vision_block import VisionBlock
 from .weight_keeping import WeightKeeper
 
 GIB = 2**30
 # Part of the free memory that is left alone: fragmentation, cuBLAS workspaces, what other code allocates.
 _MARGIN = 0.06
 _MARGIN_BYTES = GIB // 2
+# Part of the free memory that the vision tower may keep. A byte kept in a decoder layer spares more arithmetic than one
+# kept there, as decoders are wider.
+_TOWER_SHARE = 1 / 8
+# Plans are made anew for each step of what the tower holds; the margin covers a step.
+_TOWER_STEP = GIB // 4
 # cuDNN compiles a plan for each new shape (0.1 s on an H200); it pays once this much attention, in queries times keys,
 # has been computed at that shape.
 _CUDNN_AFTER_SCORES = 2**26
@@ -50,7 +56,8 @@ class ActivationPlanner:
 
     `setting` is `False` (keep everything), `True` (recompute everything from each layer's input), `"offload"` (the same
     with the inputs in host memory: the least device memory) or `"fastllm"` (planned). `reserved_bytes` is memory that
-    training will take later: gradients and optimiser states.
+    training will take later: gradients and optimiser states. `tower_bytes` is what the vision tower, which runs first,
+    keeps of the present batch: a plan holds for batches that leave as much.
 
     Where the plan keeps all activations and memory is still free, layers also keep their dequantised 4-bit weights.
     """
@@ -59,7 +66,9 @@ class ActivationPlanner:
         self.num_layers = num_layers
         self.setting = checkpointing_setting(setting)
         self.reserved_bytes = 0
-        self._plans: dict[int, list[Keep]] = {}
+        self.tower_bytes = 0
+        self._plans: dict[tuple[int, int], list[Keep]] = {}
+        self._tower_plans: dict[int, bool] = {}
         self._plan: list[Keep] = []
         self._weights = WeightKeeper(num_layers)
         self._told = ""
@@ -72,6 +81,7 @@ class ActivationPlanner:
     def use(self, setting: bool | str) -> None:
         self.setting = checkpointing_setting(setting)
         self._plans.clear()
+        self._tower_plans.clear()
         self._weights.release("use_gradient_checkpointing is set anew")
         self._weights = WeightKeeper(self.num_layers)
 
@@ -99,11 +109,30 @@ class ActivationPlanner:
         allow_cudnn = self._forwards_of_shape.get(self._shape, 0) * scores >= _CUDNN_AFTER_SCORES
         num_documents = 0 if case.documents is None else case.documents.cu_seqlens.numel()
         given = (case.mask is not None, case.function is not None, num_documents)
-        key = (q.shape, k.shape, q.dtype, q.device, given, case.sliding_window, case.softcap, case.dropout, allow_cudnn,
-               torch.are_deterministic_algorithms_enabled())  # fmt: skip
+        key = (q.shape, k.shape, q.dtype, q.device, given, case.sliding_window, case.softcap, case.dropout, case.causal,
+               allow_cudnn, torch.are_deterministic_algorithms_enabled())  # fmt: skip
         if key not in self._backends:
             self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=allow_cudnn)
         return self._backends[key]
+
+    def recomputes_tower(self, patches: int, kept: int, inputs: int, device: torch.device) -> bool:
+        """Whether the blocks of the vision tower keep their inputs only, `inputs` bytes a patch, instead of `kept`, in
+        a forward that will be differentiated. The decoder's plan is made beside what they hold."""
+        recompute = self.setting is not False
+        if self.setting == "fastllm":
+            bucket = -(-patches // 1024) * 1024
+            if bucket not in self._tower_plans:
+                free = free_bytes(device)
+                self._tower_plans[bucket] = bucket * kept > _TOWER_SHARE * free
+                if self._tower_plans[bucket]:
+                    notice(
+                        f"fastllm: the vision tower recomputes its blocks: activations of up to {bucket:,} patches "
+                        f"would take {bucket * kept / GIB:.1f} of {free / GIB:.1f} GiB free",
+                        once="tower:recompute",
+                    )
+            recompute = self._tower_plans[bucket]
+        self.tower_bytes = patches * (inputs if recompute else kept)
+        return recompute
 
     def describe(self) -> str:
         """The latest plan in a line."""
@@ -116,9 +145,10 @@ class ActivationPlanner:
         self._forwards_of_shape[self._shape] = self._forwards_of_shape.get(self._shape, 0) + 1
         tokens = x.shape[0] * x.shape[1]
         bucket = -(-tokens // 1024) * 1024
-        if bucket not in self._plans:
-            self._plans[bucket] = self._make_plan(layer, bucket, x.device, x.dtype)
-        self._plan = self._plans[bucket]
+        beside, self.tower_bytes = -(-self.tower_bytes // _TOWER_STEP), 0
+        if (bucket, beside) not in self._plans:
+            self._plans[bucket, beside] = self._make_plan(layer, bucket, x.device, x.dtype)
+        self._plan = self._plans[bucket, beside]
 
     def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:
         """The plan of batches of up to `tokens`. Also settles how many layers keep their weights beside it."""
@@ -180,8 +210,10 @@ class LayerBytes:
         qkv, attended = layer.qkv.out_features, layer.output.in_features
         extensions = sum(group.extension for group in layer.groups())
         raw = qkv if layer.query_norm is not None else 0
-        stash = size * (qkv + raw + attended + width + 2 * inner + extensions) + 4 * (attended // layer.head_dim + 4)
-        backward = size * (5 * inner + 6 * width + 2 * qkv + attended)
+        normed = sum(norm is not None for norm in (layer.attention_out_norm, layer.mlp_out_norm))
+        stash = size * (qkv + raw + attended + (1 + normed) * width + 2 * inner + extensions)
+        stash += 4 * (attended // layer.head_dim + 4 + normed)
+        backward = size * (5 * inner + (6 + 2 * normed) * width + 2 * qkv + attended)
         # Before an FP8 product its input is written a second time, a byte a value.
         backward += max(max(group.in_features, group.out_features) * group.is_fp8 for group in layer.groups())
         largest = max(group.out_features * (group.in_features + group.extension) for group in layer.groups())
@@ -195,6 +227,14 @@ class LayerBytes:
         """The most that is alive at once besides what the layers keep: a layer's backward, or the head's chunks."""
         head = tokens * 2 * self.layer_input + 3 * 2**28
         return max(tokens * self.backward + self.weights, head)
+
+
+def block_bytes(block: VisionBlock, dtype: torch.dtype) -> int:
+    """Bytes a token that a vision block holds when it keeps its activations."""
+    width, attended = block.down.out_features, block.output.in_features
+    extensions = sum(group.extension for group in block.groups())
+    kept = 2 * width + block.qkv.out_features + attended + block.up.out_features + extensions
+    return dtype.itemsize * kept + 4 * (attended // block.head_dim + 4)
 
 
 @dataclass(slots=True, eq=False)

@@ -22,6 +22,7 @@ from .._errors import ModelError
 from .._notices import notice, warn
 from .adapted_weights import adapters_off, training_precision
 from .checkpoints import Checkpoint
+from .embedding_offload import device_of
 from .merge_plan import MergePlan, Weight
 from .nf4_encoder import Nf4Encoder
 from .vision_layout import has_vision
@@ -186,7 +187,7 @@ def check_logits(model: Any, plan: MergePlan, folder: Path, tokenizer: Any) -> D
             " tensors were all checked"
         )
         return None
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     mean, limit, explained = divergence(_logits(model, ids.to(device)), saved), _limit(plan), ""
     if plan.base is not None and plan.encoder is None and any(t.is_quantized for t in plan.adapters.loaded.values()):
         base = _folder_logits(model, plan, plan.base, ids)

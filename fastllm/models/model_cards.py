@@ -22,11 +22,17 @@ def merged_card(model: Any, repo_id: str, method: str, tags: Sequence[str]) -> s
 def gguf_card(model: Any, repo_id: str, files: Sequence[str], tags: Sequence[str]) -> str:
     """The card of a repository with GGUF `files`."""
     listed = "\n".join(f"- `{file}`" for file in files)
-    how = f"{listed}\n\n```sh\nollama run hf.co/{repo_id}\nllama-cli -hf {repo_id}\n```"
-    return _card(model, repo_id, "GGUF files of a model", "quantized", how, ["gguf", "llama.cpp", *tags])
+    sees = any(file.startswith("mmproj-") for file in files)
+    program = "llama-server" if sees else "llama-cli"
+    how = f"{listed}\n\n```sh\nollama run hf.co/{repo_id}\n{program} -hf {repo_id}\n```"
+    task = "image-text-to-text" if sees else "text-generation"
+    return _card(model, repo_id, "GGUF files of a model", "quantized", how, ["gguf", "llama.cpp", *tags], task=task)
 
 
-def _card(model: Any, repo_id: str, what: str, relation: str, how: str, tags: Sequence[str], **fields: Any) -> str:
+def _card(
+    model: Any, repo_id: str, what: str, relation: str, how: str, tags: Sequence[str], *,
+    task: str = "text-generation", **fields: Any,
+) -> str:  # fmt: skip
     from huggingface_hub import ModelCardData
 
     base = getattr(unwrapped(model), "name_or_path", "") or ""
@@ -34,7 +40,7 @@ def _card(model: Any, repo_id: str, what: str, relation: str, how: str, tags: Se
     data = ModelCardData(
         base_model=base if is_repository else None,
         base_model_relation=relation if is_repository else None,
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["fastllm", *tags],
         **fields,
     )

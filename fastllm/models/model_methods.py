@@ -17,10 +17,18 @@ TOKENIZER = "_fastllm_tokenizer"
 # On a model without a planner: its `use_gradient_checkpointing`, which transformers' own checkpointing carries out.
 CHECKPOINTING = "_fastllm_checkpointing"
 TRAINED_IN_FULL = "_fastllm_trained_in_full"
+MERGES_MICRO_BATCHES = "_fastllm_merges_micro_batches"
 
 
 class ModelMethods:
     """Mixed into the class of a loaded model. Also reached through a `PeftModel`, which passes unknown names on."""
+
+    @property
+    def device(self) -> Any:
+        """Where the model computes; an embedding in host memory does not count."""
+        from .embedding_offload import device_of
+
+        return device_of(self)  # pyright: ignore[reportArgumentType]
 
     def fast_report(self) -> FastReport:
         """Which layers run fused, which do not, and why."""
@@ -58,6 +66,26 @@ class ModelMethods:
                 return super().generate(inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self.train(was_training)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def fast_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate`. Raises `UnsupportedError` for what only vLLM takes: prompts as text, `sampling_params`,
+        `lora_request`."""
+        from .._errors import UnsupportedError
+
+        prompts = [*args[:1], *(kwargs[name] for name in ("prompts", "inputs", "input_ids") if name in kwargs)]
+        texts = any(isinstance(p, str) or (isinstance(p, list) and p and isinstance(p[0], str)) for p in prompts)
+        only_vllm = [name for name in ("sampling_params", "lora_request") if kwargs.get(name) is not None]
+        if texts or only_vllm:
+            raise UnsupportedError(
+                f"{', '.join(only_vllm) or 'a prompt as text'} is for generation through vLLM, which is not part of "
+                "this version", where="fast_generate",
+                fix='model.generate(**tokenizer(text, return_tensors="pt").to(model.device), max_new_tokens=64)',
+            )  # fmt: skip
+        return self.generate(*args, **kwargs)
+
+    def save_lora(self, save_directory: str | os.PathLike[str]) -> Any:
+        """The active adapter as a PEFT folder: `save_pretrained_merged(..., save_method="lora")`."""
+        return self.save_pretrained_merged(save_directory, save_method="lora")
 
     def save_pretrained_merged(
         self,
@@ -183,6 +211,7 @@ class ModelMethods:
         is_main_process: bool = True,
         tags: Sequence[str] | None = None,
         save_method: str | None = None,
+        mmproj_type: str = "f16",
         imatrix_file: str | os.PathLike[str] | None = None,
         calibration_dataset: Any = None,
         num_calibration_samples: int = 512,
@@ -197,15 +226,21 @@ class ModelMethods:
 
         writes `assistant_gguf/<base model>.Q4_K_M.gguf`, the same with `.Q8_0`, and a `Modelfile`. Tensors go from the
         base checkpoint's files (the loaded weights where those are not at hand) straight into the files, merged in fp32
-        and quantized in one pass.
+        and quantized in one pass. Of a vision-language model (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Gemma 3), the vision
+        tower and its projector become `mmproj-<base model>-F16.gguf` beside them:
+
+            llama-server -m assistant_gguf/<base model>.Q4_K_M.gguf --mmproj assistant_gguf/mmproj-<base model>-F16.gguf
 
         Args:
-            tokenizer: the one of `from_pretrained` where left out.
+            tokenizer: the tokenizer or processor; the one of `from_pretrained` where left out.
             quantization_method: one or a list of f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m,
                 q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs, q3_k_l, q3_k_m, q3_k_s, q2_k, not_quantized (f16 or bf16, as the
                 model), fast_quantized (q8_0), quantized (q4_k_m); `dynamic_` before one of them gives each tensor the
                 type that its measured sensitivity asks for, in a file of the same size; or a recipe file of such a run.
-            save_method: "lora" writes the adapter alone, `<base model>-lora-f16.gguf`.
+            mmproj_type: f16, bf16, f32 or q8_0, of the mmproj file. `quantization_method` and the sizes below are about
+                the language model.
+            save_method: "lora" writes the adapter alone, `<base model>-lora-f16.gguf`; it can't hold changes of a
+                vision tower.
             imatrix_file: an importance matrix of llama.cpp's.
             calibration_dataset: rows that tell what matters: texts, or chats in any known format. Needed for dynamic
                 quantization; an importance matrix for the static one. `num_calibration_samples` rows are run in
@@ -228,7 +263,7 @@ class ModelMethods:
             return {}
         data = calibration_data(calibration_dataset, num_calibration_samples, max_seq_length)
         request = GgufRequest(
-            folder, tokenizer, quantization_method, save_method, imatrix_file, data, target_bpw, max_size
+            folder, tokenizer, quantization_method, mmproj_type, save_method, imatrix_file, data, target_bpw, max_size
         )
         written = {**save_gguf(self, request), "save_directory": os.fspath(save_directory)}
         if push_to_hub:
@@ -253,6 +288,7 @@ class ModelMethods:
         tags: Sequence[str] | None = None,
         temporary_location: str | os.PathLike[str] | None = None,
         save_method: str | None = None,
+        mmproj_type: str = "f16",
         imatrix_file: str | os.PathLike[str] | None = None,
         calibration_dataset: Any = None,
         num_calibration_samples: int = 512,
@@ -277,12 +313,16 @@ class ModelMethods:
             commit_description=commit_description, revision=revision, create_pr=create_pr, tags=tuple(tags or ()),
         )  # fmt: skip
         request = GgufRequest(
-            Path(), tokenizer, quantization_method, save_method, imatrix_file, data, target_bpw, max_size
+            Path(), tokenizer, quantization_method, mmproj_type, save_method, imatrix_file, data, target_bpw, max_size
         )
         return push_gguf(self, request, upload, temporary_location=temporary_location)
 
     def export_plan(
-        self, format: str = "gguf", tokenizer: Any = None, quantization_method: Any = "fast_quantized"
+        self,
+        format: str = "gguf",
+        tokenizer: Any = None,
+        quantization_method: Any = "fast_quantized",
+        mmproj_type: str = "f16",
     ) -> ExportPlan:
         """What an export would write, known before any training: `print(model.export_plan("gguf").describe())`.
 
@@ -296,4 +336,4 @@ class ModelMethods:
             raise ArgumentError(
                 f"no plan for {format!r} {hint}".rstrip(), where="export_plan", fix='model.export_plan("gguf")'
             )
-        return plan_gguf(self, tokenizer, quantization_method)
+        return plan_gguf(self, tokenizer, quantization_method, mmproj_type)

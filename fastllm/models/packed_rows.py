@@ -22,8 +22,9 @@ _GIVEN_BOUNDARIES = (_OFFSETS, "cu_seq_lens_k", _LONGEST, "max_length_k")
 def keep_documents_apart(config: Any, inputs: dict[str, Any]) -> None:
     """Put `documents` into the inputs of a decoder, where its rows hold several or its window is shorter than they are.
 
-    Left alone: inputs with a mask, which rules, those with a cache, and attention implementations that read the
-    boundaries themselves. Packed rows get no cache, since nothing can be generated from one.
+    Also where transformers would make a mask for the sake of its eager attention alone. Left alone: inputs with a mask,
+    which rules, those with a cache or with images whose tokens see each other, and attention implementations that read
+    the boundaries themselves. Packed rows get no cache, since nothing can be generated from one.
     """
     tokens = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
@@ -31,11 +32,15 @@ def keep_documents_apart(config: Any, inputs: dict[str, Any]) -> None:
     has_cache = inputs.get("use_cache") or inputs.get("past_key_values") is not None
     if tokens is None or not is_dense or has_cache or inputs.get("attention_mask") is not None:
         return
+    kinds = inputs.get("token_type_ids")  # of Gemma 3: 1 in an image
+    if kinds is not None and bool((kinds == 1).any()):
+        return
     batch, length = tokens.shape[:2]
     documents = _packed_documents(inputs, batch, length, tokens.device)
     if documents is None and inputs.get("use_cache") is False:
         window = getattr(config.get_text_config(), "sliding_window", None)
-        documents = Documents.whole_rows(batch, length, tokens.device) if window and window < length else None
+        needs_mask = config._attn_implementation == "eager" or (window and window < length)
+        documents = Documents.whole_rows(batch, length, tokens.device) if needs_mask else None
     if documents is None:
         return
     for name in _GIVEN_BOUNDARIES:
@@ -64,6 +69,8 @@ def _packed_documents(inputs: dict[str, Any], batch: int, length: int, device: t
     offsets, positions = inputs.get(_OFFSETS), inputs.get("position_ids")
     if offsets is not None and batch == 1:
         return _given_documents(offsets, inputs.get(_LONGEST), length, device)
+    if positions is not None and positions.dim() == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # the text's, before those of M-RoPE
     if positions is None or positions.dim() != 2 or positions.shape[-1] != length or length < 2:
         return None
     return Documents.from_position_ids(positions, batch)

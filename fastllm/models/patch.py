@@ -13,18 +13,20 @@ from typing import Any
 from torch import nn
 
 from .._errors import ModelError
-from .arch import Arch, get_arch
+from .arch import Arch, arch_of
 from .fp8_compute import fp8_note
 from .lora_view import FP8_COMPUTE, forget_groups
 from .memory import ActivationPlanner
 from .model_methods import PLANNER, ModelMethods
+from .vision_tower import TOWER, attach_tower, fused_block
 
 _ORIGINAL = "_fastllm_original_class"
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One decoder layer: `path` is `fused` (one autograd node), `parts` (fused projections) or `transformers`."""
+    """One decoder layer or vision block: `path` is `fused` (one autograd node), `parts` (fused projections) or
+    `transformers`."""
 
     name: str
     path: str
@@ -40,15 +42,18 @@ class FastReport:
     head: str = ""
     activations: str = ""
     notes: list[str] = field(default_factory=list)
+    vision: list[LayerReport] = field(default_factory=list)
 
     @property
     def num_fused(self) -> int:
-        return sum(layer.path == "fused" for layer in self.layers)
+        return _count_fused(self.layers)
 
     def __str__(self) -> str:
         lines = [f"fastllm report for {self.model_type}: {self.num_fused} of {len(self.layers)} decoder layers fused"]
-        slower = Counter((layer.path, layer.reason) for layer in self.layers if layer.path != "fused")
-        lines += [f"  {count} layers run {path}: {reason}" for (path, reason), count in slower.items()]
+        lines += _slower(self.layers, "layers")
+        if self.vision:
+            lines.append(f"  {_count_fused(self.vision)} of {len(self.vision)} vision blocks fused")
+            lines += _slower(self.vision, "vision blocks")
         lines += [f"  {text}" for text in (self.head, self.activations, *self.notes) if text]
         return "\n".join(lines)
 
@@ -57,6 +62,11 @@ class FastReport:
 
 def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
     return list(model.get_submodule(arch.layers).children())
+
+
+def vision_blocks(model: nn.Module, arch: Arch) -> list[nn.Module]:
+    """The blocks of the vision tower, where it has fast ones."""
+    return list(model.get_submodule(arch.vision_blocks).children()) if arch.vision_blocks else []
 
 
 def adapt(model: nn.Module, arch: Arch | None, planner_setting: bool | str) -> None:
@@ -85,6 +95,7 @@ def adapt(model: nn.Module, arch: Arch | None, planner_setting: bool | str) -> N
     planner = ActivationPlanner(len(layers), planner_setting)
     for module in (model, *layers):
         setattr(module, PLANNER, planner)
+    attach_tower(vision_blocks(model, arch), planner)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -97,43 +108,48 @@ def restore(model: nn.Module) -> nn.Module:
         original = module.__dict__.pop(_ORIGINAL, None)
         module.__dict__.pop(PLANNER, None)
         module.__dict__.pop(FP8_COMPUTE, None)
+        module.__dict__.pop(TOWER, None)
         if original is not None:
             module.__class__ = original
     return model
 
 
 def report(model: Any) -> FastReport:
-    """Which layers of the model run fused, from their present state."""
+    """Which layers and vision blocks of the model run fused, from their present state."""
     from .blocks import attention_groups, fused_layer, head_group, mlp_groups
 
     model = unwrapped(model)
     model_type = model.config.model_type
-    arch = get_arch(model_type)
+    arch = arch_of(model.config)
     if arch is None or _ORIGINAL not in model.__dict__ or not hasattr(model, PLANNER):
         return FastReport(model_type, notes=["the model runs transformers' own forward"])
     layers, fp8_groups = [], []
     for index, layer in enumerate(decoder_layers(model, arch)):
         fused = fused_layer(layer)
         name = f"{arch.layers}.{index}"
-        parts = [
-            part for part in (attention_groups(layer.self_attn), mlp_groups(layer.mlp)) if not isinstance(part, str)
-        ]
+        halves = {"self_attn": attention_groups, "mlp": mlp_groups}
+        found = [find(layer._modules[half]) for half, find in halves.items() if half in layer._modules]
+        parts = [part for part in found if not isinstance(part, str)]
         if hasattr(layer.mlp, FP8_COMPUTE):
             fp8_groups.append([group for part in parts for group in part])
         if not isinstance(fused, str):
             layers.append(LayerReport(name, "fused"))
             continue
         layers.append(LayerReport(name, "parts" if parts else "transformers", fused))
+    vision = []
+    for index, block in enumerate(vision_blocks(model, arch)):
+        fused = fused_block(block)
+        path, reason = ("transformers", fused) if isinstance(fused, str) else ("fused", "")
+        vision.append(LayerReport(f"{arch.vision_blocks}.{index}", path, reason))
+    plain_tower = hasattr(model.config, "vision_config") and not vision
     head = head_group(model)
     return FastReport(
         model_type,
         layers,
         head="head and loss fused" if not isinstance(head, str) else f"loss from full logits: {head}",
         activations=getattr(model, PLANNER).describe(),
-        notes=[
-            fp8_note(fp8_groups),
-            *(["the vision tower runs transformers' own forward"] if hasattr(model.config, "vision_config") else []),
-        ],
+        notes=[fp8_note(fp8_groups), *(["the vision tower runs transformers' own forward"] if plain_tower else [])],
+        vision=vision,
     )
 
 
@@ -146,6 +162,16 @@ def unwrapped(model: Any) -> Any:
         if inner is None or inner is model:
             return model
         model = inner
+
+
+def _count_fused(layers: list[LayerReport]) -> int:
+    return sum(layer.path == "fused" for layer in layers)
+
+
+def _slower(layers: list[LayerReport], kind: str) -> list[str]:
+    """A line for each reason why some are not fused."""
+    reasons = Counter((layer.path, layer.reason) for layer in layers if layer.path != "fused")
+    return [f"  {count} {kind} run {path}: {reason}" for (path, reason), count in reasons.items()]
 
 
 def _retype(module: nn.Module, fast: type) -> None:

@@ -28,6 +28,21 @@ class RowList(Dataset):
         return (self[number] for number in range(len(self)))
 
 
+class PackedRows(Sequence):
+    """Groups of the rows of a data set, each opened when it is its turn."""
+
+    def __init__(self, rows: Sequence[Any], groups: Sequence[Sequence[int]]) -> None:
+        self.rows, self.groups = rows, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return PackedRows(self.rows, self.groups[number])
+        return {"packed": [self.rows[row] for row in self.groups[number]]}
+
+
 def is_rows(dataset: Any) -> bool:
     """Whether it holds rows by number and is no data set of the `datasets` library, nor a dict of several."""
     return (

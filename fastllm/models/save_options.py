@@ -35,7 +35,7 @@ _COMMIT = (
     "commit_description", "tags",
 )  # fmt: skip
 _CALIBRATION = ("calibration_dataset", "num_calibration_samples", "max_seq_length", "target_bpw", "max_size")
-_GGUF = ("quantization_method", "imatrix_file", *_CALIBRATION)
+_GGUF = ("quantization_method", "mmproj_type", "imatrix_file", *_CALIBRATION)
 # method -> (its own arguments, further ones without effect)
 _METHODS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "save_pretrained_merged": (

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .._errors import DataError
+from .._errors import ArgumentError, DataError, UnsupportedError
 from .._notices import notice
+from ..packing import grouped
 from ..vision_data import VisionDataCollator
 from .blocks import head_reason, token_losses
+from .micro_batches import merge_micro_batches
 from .model_methods import CHECKPOINTING, PLANNER, ModelMethods
 from .patch import unwrapped
-from .row_list import is_rows, rows_dataset
+from .row_list import PackedRows, is_rows, rows_dataset
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 # Rows that are looked at for a trained label; a data set whose first rows have none is refused.
@@ -35,6 +37,7 @@ def construct(config: type, original: Callable[..., None], trainer: Any, kwargs:
     collator = kwargs.get("data_collator")
     if isinstance(collator, VisionDataCollator):
         _leave_rows_to(collator, kwargs["args"])
+        _pack_rows(collator, kwargs["args"], kwargs)
         for name in ("train_dataset", "eval_dataset"):
             if is_rows(kwargs.get(name)):
                 kwargs[name] = rows_dataset(kwargs[name])
@@ -48,10 +51,11 @@ def construct(config: type, original: Callable[..., None], trainer: Any, kwargs:
     with _head_adapter_hidden(base, can_serve_head):
         original(trainer, **kwargs)
     _restore_dtypes(model, dtypes)
-    if type(trainer).__name__ == "SFTTrainer":
+    if config.__name__ == "SFTConfig":
         _check_labels(trainer)
         if can_serve_head:
             _bind_fused_head(base)
+            merge_micro_batches(trainer, base)
 
 
 def fused_head(trl_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,8 +163,53 @@ def _leave_rows_to(collator: VisionDataCollator, args: Any) -> None:
     """Rows reach a vision collator as they are, so that images are opened when they are needed."""
     args.remove_unused_columns = False
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    if getattr(args, "padding_free", False):
+        collator.drop_padding()
+        args.padding_free = False  # TRL's own is for its own collator, and refuses images
+        notice(
+            "fastllm: padding_free=True: the vision collator lays the rows of a batch end to end "
+            "(num_tokens in the log of TRL counts one a batch: it does not know their positions)",
+            once="trl:padding_free",
+        )
     if {"max_length", "max_seq_length"} & set(getattr(args, "_fastllm_given", ())) and args.max_length is not None:
         collator.limit_length(args.max_length)
+
+
+def _pack_rows(collator: VisionDataCollator, args: Any, data: dict[str, Any]) -> None:
+    """`packing=True` of a vision collator: its rows in groups of `max_length` tokens, in `data`'s place."""
+    packing = bool(getattr(args, "packing", False))
+    eval_packing = getattr(args, "eval_packing", None)
+    wanted = {"train_dataset": packing, "eval_dataset": packing if eval_packing is None else bool(eval_packing)}
+    for name, is_wanted in wanted.items():
+        rows = data.get(name) if is_wanted else None
+        if isinstance(rows, dict):
+            data[name] = {part: _packed(collator, each, f"{name}[{part!r}]") for part, each in rows.items()}
+        elif rows is not None:
+            data[name] = _packed(collator, rows, name)
+    if any(wanted.values()):
+        args.packing = args.eval_packing = False  # TRL's own, which refuses images
+
+
+def _packed(collator: VisionDataCollator, rows: Any, name: str) -> Any:
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise UnsupportedError(
+            "rows are packed before training, and this data set is streamed", where=f"{name}, packing=True",
+            fix="padding_free=True, which lays the rows of each batch end to end",
+        )  # fmt: skip
+    if collator.max_seq_length is None:
+        raise ArgumentError("it needs a length", where="packing=True", fix="SFTConfig(max_length=2048, ...)")
+    collator.drop_padding()
+    counts = {number: collator.count_tokens(rows[number], number) for number in range(len(rows))}
+    lengths = {number: count for number, count in counts.items() if count is not None}
+    if not lengths:
+        raise DataError("no row fits into max_length", where=name, fix="raise max_length, or make the images smaller")
+    groups = grouped(lengths, collator.max_seq_length)
+    filled = sum(lengths.values()) / (len(groups) * collator.max_seq_length)
+    notice(
+        f"fastllm: packing=True: {len(lengths):,} rows of {name} make {len(groups):,} of up to "
+        f"{collator.max_seq_length:,} tokens, {filled:.0%} full; each row was opened once to know its length"
+    )
+    return rows_dataset(PackedRows(rows, groups))
 
 
 def _check_not_empty(dataset: Any) -> None:

@@ -63,6 +63,7 @@ class FastModel:
         text_only: bool = False,
         patch: bool = True,
         strict: bool = False,
+        merge_micro_batches: bool = True,
         fp8_compute: bool = False,
         **options: Any,
     ) -> tuple[Any, Any]:

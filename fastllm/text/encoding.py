@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
@@ -89,7 +89,7 @@ class RowEncoder:
         return self._conversation(messages, row, self._selected(messages))
 
     def _conversation(self, messages: list[Message], row: dict[str, Any], selected: Callable[[int], bool]) -> RowText:
-        found = self._finder(row.get("chat_template_kwargs")).find(messages, _tools_of(row))
+        found = self.finder(row.get("chat_template_kwargs")).find(messages, tools_of(row))
         spans = [span for span in found.spans if selected(span.message)]
         if self.train_on == "all":
             spans = [Span(0, len(found.text), 0)]
@@ -99,9 +99,7 @@ class RowEncoder:
         return RowText(found.text, spans, _roles(found, messages))
 
     def _selected(self, messages: list[Message]) -> Callable[[int], bool]:
-        if self.train_on == "marked":
-            return lambda number: bool(messages[number].get("train", messages[number].get("weight", False)))
-        return lambda number: bool(messages[number].get("train", messages[number].get("weight", True)))
+        return lambda number: is_trained(messages[number], unmarked=self.train_on != "marked")
 
     def _prompt_and_completion(self, prompt: Any, completion: Any, row: dict[str, Any]) -> RowText:
         if isinstance(prompt, list) and isinstance(completion, list):
@@ -128,7 +126,8 @@ class RowEncoder:
     def _adds_bos(self) -> bool:
         return adds_bos(self._core)
 
-    def _finder(self, extra: Any = None) -> ResponseFinder:
+    def finder(self, extra: Any = None) -> ResponseFinder:
+        """What renders conversations and finds their answers; `extra` is a row's `chat_template_kwargs`."""
         extra = json.loads(extra) if isinstance(extra, str) else without_nulls(extra or {})
         key = json.dumps(extra, sort_keys=True, default=str) if extra else ""
         if key not in self._finders:
@@ -186,7 +185,13 @@ def _roles(found: Rendered, messages: list[Message]) -> tuple[str, ...]:
     return tuple(str(messages[number].get("role")) for number in found.vanished)
 
 
-def _tools_of(row: dict[str, Any]) -> Any:
+def is_trained(message: Message, unmarked: bool = True) -> bool:
+    """Whether a message is trained: what its `train` or `weight` says, `unmarked` where it has neither."""
+    return bool(message.get("train", message.get("weight", unmarked)))
+
+
+def tools_of(row: Mapping[str, Any]) -> Any:
+    """The row's tools, as a list or as JSON text."""
     tools = row.get("tools")
     return json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
 

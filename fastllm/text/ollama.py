@@ -42,9 +42,11 @@ def modelfile(
     system_message: str | None = None,
     extra_stops: tuple[str, ...] = (),
     location: str = FILE_LOCATION,
+    projector: str | None = None,
 ) -> str:
     """The Modelfile for a model trained with the chat template `jinja`.
 
+    `location` is the GGUF file, `projector` the mmproj file of a vision-language model beside it.
     Stop parameters are the stop word, the end-of-turn text of the template and what opens a user turn. Errors:
     `TemplateError` for a template that does not show a plain conversation.
     """
@@ -52,7 +54,13 @@ def modelfile(
     stop_word = eos_token if stop_word == TOKENIZERS_EOS else stop_word
     ending = frame.assistant[1].strip()
     stops = dict.fromkeys(text for text in (stop_word, ending, _header(frame), *extra_stops) if text.strip())
-    lines = [f"FROM {location}", "", f'TEMPLATE """{_go_template(frame).replace(_BOS, bos_token)}"""', ""]
+    files = [location] if projector is None else [location, projector]
+    lines = [
+        *(f"FROM {file}" for file in files),
+        "",
+        f'TEMPLATE """{_go_template(frame).replace(_BOS, bos_token)}"""',
+        "",
+    ]
     lines += [f"PARAMETER stop {_go_string(stop)}" for stop in stops]
     lines += ["PARAMETER temperature 1.5", "PARAMETER min_p 0.1"]
     if system_message:
@@ -60,8 +68,8 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
-def modelfile_of(tokenizer: Any, location: str = FILE_LOCATION) -> str:
-    """The Modelfile for a model trained with `tokenizer`'s chat template; `location` is the GGUF file."""
+def modelfile_of(tokenizer: Any, location: str = FILE_LOCATION, projector: str | None = None) -> str:
+    """The Modelfile for a model trained with the chat template of `tokenizer`, or a processor; see `modelfile`."""
     core = tokenizer_of(tokenizer)
     template = getattr(tokenizer, "chat_template", None) or getattr(core, "chat_template", None)
     if isinstance(template, dict):
@@ -72,7 +80,7 @@ def modelfile_of(tokenizer: Any, location: str = FILE_LOCATION) -> str:
         )
     return modelfile(
         template, eos_token=core.eos_token or "", bos_token=core.bos_token or "",
-        system_message=getattr(core, "_system_message", None), location=location,
+        system_message=getattr(core, "_system_message", None), location=location, projector=projector,
     )  # fmt: skip
 
 

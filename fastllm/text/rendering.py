@@ -48,6 +48,7 @@ class ChatRenderer:
                 fix='tokenizer = get_chat_template(tokenizer, "chatml")',
             )
         self._named = template if isinstance(template, dict) else {"default": template}
+        self._roles: dict[str, bool] = {}
         self._constants = {**getattr(tokenizer, "special_tokens_map", {}), **template_kwargs}
 
     @property
@@ -77,22 +78,33 @@ class ChatRenderer:
             raise DataError("the conversation has no messages")
         prepared = [_prepared(message) for message in messages]
         if any(isinstance(message.get("content"), list) for message in prepared):
-            return prepared if self.takes_parts else [_with_flat_content(message) for message in prepared]
-        return prepared if self.takes_text else [_with_parts(message) for message in prepared]
+            return [m if self._takes_parts_of(m.get("role")) else _with_flat_content(m) for m in prepared]
+        if self.takes_text:
+            return prepared
+        return [_with_parts(m) if self._takes_parts_of(m.get("role")) else m for m in prepared]
 
     @functools.cached_property
     def takes_parts(self) -> bool:
         """Whether the template renders content that is a list of parts, as templates of vision models do."""
-        return self._shows([{"type": "text", "text": _PROBE}])
+        return self._shows(_said("user", parts=True))
+
+    def _takes_parts_of(self, role: Any) -> bool:
+        """The same of one role: some templates take parts of the user only, and print or refuse those of others."""
+        if role not in ("system", "assistant") or not self.takes_parts:
+            return self.takes_parts
+        if role not in self._roles:
+            said, asked = _said(role, parts=True), {"role": "user", "content": [{"type": "text", "text": "why"}]}
+            self._roles[role] = self._shows(asked, said) if role == "assistant" else self._shows(said, asked)
+        return self._roles[role]
 
     @functools.cached_property
     def takes_text(self) -> bool:
         """Whether the template renders content that is text. Some of vision models render parts only."""
-        return self._shows(_PROBE) or not self.takes_parts
+        return self._shows(_said("user", parts=False)) or not self.takes_parts
 
-    def _shows(self, content: Any) -> bool:
+    def _shows(self, *messages: Message) -> bool:
         try:
-            text = self.render_prepared([{"role": "user", "content": content}])
+            text = self.render_prepared(list(messages))
         except TemplateError:
             return False
         return _PROBE in text and not re.search(r"""['"]text['"]""", text)
@@ -134,6 +146,10 @@ def _with_flat_content(message: Message) -> Message:
             f"this template takes text only, and a {message.get('role')} message has {sorted(map(str, kinds))} parts"
         )
     return {**message, "content": "\n".join(str(part.get("text", "")) for part in content)}
+
+
+def _said(role: str, parts: bool) -> Message:
+    return {"role": role, "content": [{"type": "text", "text": _PROBE}] if parts else _PROBE}
 
 
 def _with_parts(message: Message) -> Message:

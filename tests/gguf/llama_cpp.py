@@ -5,10 +5,12 @@ The wheel's shared object exports ggml's C functions for single tensors; its ser
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
@@ -77,19 +79,51 @@ class Model:
 
     def next_token_logprobs(self, ids: list[int]) -> np.ndarray:
         """log p(next token | ids) over the whole vocabulary, fp32 [V]."""
-        reply = self._server.handle_completions(
+        request = self._one_token() | {"prompt": ids, "n_predict": 1, "logprobs": self._vocab_size}
+        return self._logprobs(self._server.handle_completions(request))
+
+    def image_logprobs(self, image, question: str) -> np.ndarray:
+        """log p(next token | the image and the question in one user message), fp32 [V]."""
+        request = self._one_token() | {
+            "messages": [_seen(image, question)],
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": self._vocab_size,
+        }
+        return self._logprobs(self._server.handle_chat_completions(request))
+
+    def image_prompt_tokens(self, image, question: str) -> int:
+        """How many tokens such a message is, those of the image included."""
+        return self._server.handle_chat_completions({"messages": [_seen(image, question)], "max_tokens": 1})["usage"][
+            "prompt_tokens"
+        ]
+
+    def image_answer(self, image, question: str, num_tokens: int) -> list[int]:
+        """The ids of the greedy answer to such a message."""
+        reply = self._post(
+            "/v1/chat/completions",
             {
-                "prompt": ids,
-                "n_predict": 1,
-                # The probabilities are those before the bias. A letter is sampled because an end of text, or half of
-                # a character, would come without probabilities.
-                "logit_bias": [[self._letter, 10000.0]],
-                "n_probs": self._vocab_size,
-                "logprobs": self._vocab_size,
+                "messages": [_seen(image, question)],
+                "max_tokens": num_tokens,
                 "temperature": 0.0,
-                "cache_prompt": False,
-            }
+                "ignore_eos": True,
+                "return_tokens": True,
+                "verbose": True,
+            },
         )
+        return reply["__verbose"]["tokens"]
+
+    def _one_token(self) -> dict:
+        return {
+            # The probabilities are those before the bias. A letter is sampled because an end of text, or half of
+            # a character, would come without probabilities.
+            "logit_bias": [[self._letter, 10000.0]],
+            "n_probs": self._vocab_size,
+            "temperature": 0.0,
+            "cache_prompt": False,
+        }
+
+    def _logprobs(self, reply: dict) -> np.ndarray:
         choices = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         logprobs = np.full(self._vocab_size, -math.inf, np.float32)
         for choice in choices:
@@ -124,9 +158,25 @@ class Model:
             return json.load(reply)
 
 
+def _seen(image, question: str) -> dict:
+    """A user message with a PIL image before the question."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    address = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": question}],
+    }
+
+
 @contextlib.contextmanager
 def loaded(
-    path: os.PathLike[str], vocab_size: int, *, context: int = 256, lora: os.PathLike[str] | None = None
+    path: os.PathLike[str],
+    vocab_size: int,
+    *,
+    context: int = 256,
+    lora: os.PathLike[str] | None = None,
+    mmproj: os.PathLike[str] | None = None,
 ) -> Iterator[Model]:
     """Load a GGUF file with an f32 cache and everything on one thread."""
     import xllamacpp
@@ -140,6 +190,9 @@ def loaded(
     params.cpuparams_batch.n_threads = 1
     params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
     params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if mmproj is not None:
+        params.mmproj.path = os.fspath(mmproj)
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # which is in f16
     if lora is not None:
         adapter = xllamacpp.CommonAdapterLoraInfo(os.fspath(lora), 1.0)
         params.lora_adapters = [adapter]

@@ -83,7 +83,7 @@ def test_every_mix_loads_and_stays_near_the_model(judge, write, quantization):
     ("family", "module", "name", "broken"),
     [
         ("llama", llama, "interleave_halves", lambda num_heads: lambda tensor: tensor),
-        ("gemma2", gemma, "_plus_one", lambda tensor: tensor.float()),
+        ("gemma2", gemma, "plus_one", lambda tensor: tensor.float()),
         ("gemma3", gemma, "_NORMS_AROUND", gemma._NORMS_AROUND | {"ffn_norm": "post_feedforward_layernorm",
                                                                   "post_ffw_norm": "pre_feedforward_layernorm"}),
     ],

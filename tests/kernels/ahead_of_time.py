@@ -22,11 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fastllm.kernels
+from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backward
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
 from fastllm.kernels.fp8 import quantize_rows, transposed_values
-from fastllm.kernels.glu import ACTIVATIONS, glu, glu_backward
+from fastllm.kernels.glu import glu, glu_backward
+from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
@@ -66,14 +68,22 @@ def launches(dtype: torch.dtype) -> None:
         rms_norm(x, weight, 1e-5).sum().backward()
         _, total, rstd = rms_norm_forward(x.detach(), weight.detach(), 1e-5, residual=new(ROWS, width))
         rms_norm_backward(new(ROWS, width), total, weight.detach(), rstd, 1e-5, residual_grad=new(ROWS, width))
+    for width in (1152, 1280, 4096):  # of vision towers
+        x, weight, bias = (new(*shape, requires_grad=True) for shape in ((ROWS, width), (width,), (width,)))
+        layer_norm(x, weight, bias, 1e-6).sum().backward()
+        given = (weight.detach(), bias.detach())
+        _, total, *statistics = layer_norm_forward(x.detach(), *given, 1e-6, residual=new(ROWS, width))
+        layer_norm_backward(new(ROWS, width), total, given[0], *statistics, 1e-6, residual_grad=new(ROWS, width))
     for head_dim, rotary_dim in ((64, 64), (128, 128), (256, 256), (80, 32)):
         q, k = new(1, 32, ROWS, head_dim, requires_grad=True), new(1, 8, ROWS, head_dim, requires_grad=True)
         sum(y.sum() for y in rope(q, k, new(1, ROWS, rotary_dim), new(1, ROWS, rotary_dim))).backward()
-    for activation in ACTIVATIONS:
+    for name in ACTIVATIONS:
         gate, up = (new(ROWS, 14336, requires_grad=True) for _ in range(2))
-        glu(gate, up, activation).sum().backward()
+        glu(gate, up, name).sum().backward()
         gate, up, dh = (new(ROWS, 14336) for _ in range(3))
-        glu_backward(dh, gate, up, activation, gate, up, h_out=dh)
+        glu_backward(dh, gate, up, name, gate, up, h_out=dh)
+        activation(new(ROWS, 5120, requires_grad=True), name).sum().backward()
+        activation_backward(dh, gate, name, gate, y_out=dh)
     for is_nested in (False, True):
         dequantize_nf4(quantized(256, 4096, is_nested=is_nested), dtype)
     for columns in (1024, 4096, 14336, 28672):  # widths of projections, alone and joined
@@ -99,6 +109,11 @@ def attention_launches(dtype: torch.dtype) -> None:
         q, k, v = (torch.randn(1, ROWS, heads, width, dtype=dtype).transpose(1, 2) for heads in (8, 2, 2))
         out, lse = flash_attention_forward(q, k, v, scaling=0.1, **everything)
         flash_attention_backward(out, out, lse, q, k, v, scaling=0.1, **everything)
+    images = {"documents": documents, "causal": False}
+    for width in (64, 128):  # of vision towers
+        q, k, v = (torch.randn(1, ROWS, 2, width, dtype=dtype).transpose(1, 2) for _ in range(3))
+        out, lse = flash_attention_forward(q, k, v, scaling=0.1, **images)
+        flash_attention_backward(out, out, lse, q, k, v, scaling=0.1, **images)
 
 
 def quantized(rows: int, columns: int, *, is_nested: bool) -> Nf4Weight:

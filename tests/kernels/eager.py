@@ -33,10 +33,20 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     return rotated(q), rotated(k)
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def activated(x: torch.Tensor, name: str) -> torch.Tensor:
+    if name == "silu":
+        return F.silu(x)
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "silu":
-        return F.silu(gate) * up
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+    return activated(gate, activation) * up
 
 
 def lora_linear(
@@ -76,16 +86,17 @@ def attention(
     scaling: float,
     mask: torch.Tensor | None = None,
     softcap: float = 0.0,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """`mask` bool or additive; None is causal. Returns [B, H, S, E]."""
+    """`mask` bool or additive; without one, `causal` or all to all. Returns [B, H, S, E]."""
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * scaling
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
+    if mask is None and causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask.dtype == torch.bool:
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
+    elif mask is not None:
         scores = scores + mask.to(scores.dtype)
     return at_least_fp32(scores).softmax(dim=-1).to(q.dtype) @ v

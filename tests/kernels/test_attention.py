@@ -51,7 +51,7 @@ def heads(setting: Setting, shape: str) -> tuple[dict[str, torch.Tensor], torch.
 def masks(setting: Setting, shape: str, kind: str) -> torch.Tensor | None:
     """A causal mask that also hides the first two positions of each row, but for themselves (left padding)."""
     batch, _, _, length, _ = SHAPES[shape]
-    if kind == "causal":
+    if kind in ("causal", "bidirectional"):
         return None
     seen = torch.ones(length, length, dtype=torch.bool, device=setting.device).tril()
     seen[2:, :2] = False
@@ -59,35 +59,42 @@ def masks(setting: Setting, shape: str, kind: str) -> torch.Tensor | None:
     return seen if kind == "bool" else torch.zeros_like(seen, dtype=setting.dtype).masked_fill(~seen, float("-inf"))
 
 
-def check_under_autograd(setting: Setting, shape: str, kind: str) -> None:
+def check_under_autograd(setting: Setting, shape: str, kind: str, softcap: float = 0.0) -> None:
     """The op and its reference; `kind` is that of the mask."""
     inputs, upstream = heads(setting, shape)
     scaling, mask = 1.3 * inputs["q"].shape[-1] ** -0.5, masks(setting, shape, kind)
-    case = AttentionCase(scaling, mask)
+    case = AttentionCase(scaling, mask, softcap=softcap, causal=kind != "bidirectional")
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return eager.attention(q, k, v, scaling=scaling, mask=mask)
+        return eager.attention(q, k, v, scaling=scaling, mask=mask, softcap=softcap, causal=case.causal)
 
     for op in (attention, attention_reference):
         check_op(lambda q, k, v, op=op: op(q, k, v, case), plain, setting, inputs, LIMITS, upstream=(upstream,))
 
 
-@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "bool", "additive"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_under_autograd(setting, shape, kind):
     check_under_autograd(setting, shape, kind)
 
 
-def check_two_functions(setting: Setting, shape: str, mask: torch.Tensor | None, backend: str | None = None) -> None:
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_capped_scores_of_a_mask(setting, kind):
+    check_under_autograd(setting, "grouped", kind, softcap=1.5)
+
+
+def check_two_functions(
+    setting: Setting, shape: str, mask: torch.Tensor | None, backend: str | None = None, *, causal: bool = True
+) -> None:
     """`attention_forward` and `attention_backward`, as the decoder layer calls them."""
     inputs, upstream = heads(setting, shape)
-    case = AttentionCase(inputs["q"].shape[-1] ** -0.5, mask)
+    case = AttentionCase(inputs["q"].shape[-1] ** -0.5, mask, causal=causal)
     backend = backend or choose_backend(*inputs.values(), case)
     result = attention_forward(*inputs.values(), case, backend, needs_backward=True)
     grads = attention_backward(result, upstream, *inputs.values(), case)
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return eager.attention(q, k, v, scaling=case.scaling, mask=mask)
+        return eager.attention(q, k, v, scaling=case.scaling, mask=mask, causal=causal)
 
     theirs, truth = run(plain, inputs, (upstream,)), run(plain, wide(inputs), (upstream.double(),))
     for name, value in zip(LIMITS, (result.out, *grads), strict=True):
@@ -95,13 +102,14 @@ def check_two_functions(setting: Setting, shape: str, mask: torch.Tensor | None,
         assert_parity(f"{backend} {name}", value, theirs[name], truth[name], LIMIT)
 
 
-@pytest.mark.parametrize("kind", ["causal", "bool"])
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "bool"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_functions(setting, shape, kind):
-    check_two_functions(setting, shape, masks(setting, shape, kind))
+    check_two_functions(setting, shape, masks(setting, shape, kind), causal=kind != "bidirectional")
 
 
-# (lengths of the documents in each row, or None; sliding window; soft-capping), for rows of 61 tokens.
+# (lengths of the documents in each row, or None; sliding window; soft-capping), for rows of 61 tokens; those of
+# NOT_CAUSAL see both ways, as images do.
 NARROWED = {
     "packed": ([[1, 30, 7, 23]], 0, 0.0),
     "two_rows": ([[40, 21], [61]], 0, 0.0),
@@ -109,7 +117,12 @@ NARROWED = {
     "packed_window": ([[17, 44], [3, 58]], 16, 0.0),
     "softcap": (None, 0, 1.5),
     "everything": ([[50, 11]], 20, 2.0),
+    "segments": ([[5, 16, 1, 39]], 0, 0.0),
+    "rows_of_segments": ([[40, 21], [61]], 0, 0.0),
+    "capped_segments": ([[16, 45]], 0, 2.0),
+    "capped_rows": (None, 0, 1.5),
 }
+NOT_CAUSAL = {"segments", "rows_of_segments", "capped_segments", "capped_rows"}
 NARROWED_SHAPE = (6, 2, 61, 32)
 
 
@@ -118,7 +131,7 @@ def positions_of(lengths: list[list[int]]) -> torch.Tensor:
     return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
 
 
-def seen_by_rule(lengths: list[list[int]], window: int) -> torch.Tensor:
+def seen_by_rule(lengths: list[list[int]], window: int, *, causal: bool) -> torch.Tensor:
     """The mask [B, 1, S, S] by the definition, token by token."""
     mask = torch.zeros(len(lengths), 1, sum(lengths[0]), sum(lengths[0]), dtype=torch.bool)
     for row, documents in enumerate(lengths):
@@ -126,7 +139,7 @@ def seen_by_rule(lengths: list[list[int]], window: int) -> torch.Tensor:
         for length in documents:
             for query in range(begin, begin + length):
                 first = max(begin, query - window + 1) if window else begin
-                mask[row, 0, query, first : query + 1] = True
+                mask[row, 0, query, first : query + 1 if causal else begin + length] = True
             begin += length
     return mask
 
@@ -135,11 +148,11 @@ def narrowed(setting: Setting, name: str, shape: tuple[int, int, int, int] = NAR
     """(case, inputs, upstream gradient, the op as eager attention with a dense mask)."""
     lengths, window, softcap = NARROWED[name]
     q_heads, k_heads, length, width = shape
-    batch = len(lengths or [0])
+    batch, causal = len(lengths or [0]), name not in NOT_CAUSAL
     q, k, v = (setting.randn(batch, length, n, width).transpose(1, 2) for n in (q_heads, k_heads, k_heads))
     documents = None if lengths is None else Documents.from_position_ids(positions_of(lengths).to(q.device), batch)
-    case = AttentionCase(1.1 * width**-0.5, documents=documents, sliding_window=window, softcap=softcap)
-    mask = seen_by_rule(lengths or [[length]], window).to(q.device)
+    case = AttentionCase(1.1 * width**-0.5, documents=documents, sliding_window=window, softcap=softcap, causal=causal)
+    mask = seen_by_rule(lengths or [[length]], window, causal=causal).to(q.device)
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return eager.attention(q, k, v, scaling=case.scaling, mask=mask, softcap=softcap)
@@ -191,6 +204,9 @@ def test_documents_of_position_ids():
     shared = Documents.from_position_ids(torch.tensor([[4, 5, 0, 1]]), 3)
     assert shared is not None and shared.cu_seqlens.tolist() == [0, 2, 4, 6, 8, 10, 12]
     assert Documents.from_position_ids(torch.arange(7)[None], 2) is None
+    segments = Documents.from_cu_seqlens(torch.tensor([0, 4, 5, 9]))
+    assert segments.cu_seqlens.dtype == torch.int32 and segments.lengths == [4, 1, 4]
+    assert (segments.max_seqlen, segments.batch, segments.length) == (4, 1, 9)
     rows = Documents.whole_rows(3, 5, torch.device("cpu"))
     assert rows.cu_seqlens.tolist() == [0, 5, 10, 15] and not rows.is_packed
 
@@ -198,6 +214,10 @@ def test_documents_of_position_ids():
 def test_a_mask_and_documents_at_once_are_refused():
     with pytest.raises(ValueError, match="no mask"):
         AttentionCase(1.0, torch.ones(1, 1, 2, 2).bool(), sliding_window=1)
+    with pytest.raises(ValueError, match="looks back"):
+        AttentionCase(1.0, sliding_window=1, causal=False)
+    with pytest.raises(ValueError, match="no function"):
+        AttentionCase(1.0, function=lambda q, k, v: v, softcap=1.0)
 
 
 def test_custom_function(setting):

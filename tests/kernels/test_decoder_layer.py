@@ -3,35 +3,23 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from fastllm.kernels.attention import AttentionCase
-from fastllm.kernels.decoder_layer import (
-    DecoderLayer,
-    Keep,
-    LayerCall,
-    Norm,
-    decoder_layer,
-    decoder_layer_reference,
-)
-from fastllm.kernels.lora import Projection, ProjectionGroup, dropout_masks
+from fastllm.kernels.decoder_layer import decoder_layer
+from fastllm.kernels.layer_definition import Keep, LayerCall, decoder_layer_reference
 
 from . import eager
 from .conftest import SETTINGS
+from .layers import Spec, call_of, eager_layer, layer_of, masks_of, parameters_of
 from .parity import Limit, OverLimit, Setting, Tensors, check_op, wide
 from .quantized import dequantized, quantize
-from .test_rope import angles
 
 # Triton's interpreter computes masked lanes too, in numpy.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("narrow_extension")]
 
-EPS = 1e-5
-GROUPS = {"qkv": ("q", "k", "v"), "output": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-PARTS = ("weight", "bias", "lora_a", "lora_b")
 # Of y and of each gradient. The whole gradient has the tighter line of `check_layer`.
 LIMIT = Limit(2.0, 3e-6, eager=2.0, rel_max=4.0)
 WHOLE_GRADIENT = 1.1
@@ -39,141 +27,10 @@ WHOLE_GRADIENT = 1.1
 KEY_BIAS = Limit(2.0, 1e-5, eager=4.0, rel_max=8.0)
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A layer and its batch. `weights` is "dense", "trained" or "nf4"; LoRA ranks are 5, 6 and 7 inside a group."""
-
-    batch: int = 2
-    length: int = 7
-    width: int = 64
-    heads: int = 4
-    key_heads: int = 2
-    head_dim: int = 16
-    rotary_dim: int = 16
-    mlp_width: int = 128
-    weights: str = "nf4"
-    has_lora: bool = True
-    has_bias: bool = False
-    has_head_norms: bool = False
-    trains_norms: bool = False
-    offset: float = 0.0
-    activation: str = "silu"
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    mask: str = "causal"
-    autocast: bool = False
-    keep: Keep = Keep.ALL
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """[out, in] of each projection."""
-        inner, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
-        return {
-            "q": (inner, self.width), "k": (keys, self.width), "v": (keys, self.width), "o": (self.width, inner),
-            "gate": (self.mlp_width, self.width), "up": (self.mlp_width, self.width),
-            "down": (self.width, self.mlp_width),
-        }  # fmt: skip
-
-    def norms(self) -> dict[str, int]:
-        heads = {"query_norm": self.head_dim, "key_norm": self.head_dim} if self.has_head_norms else {}
-        return {"input_norm": self.width, "post_norm": self.width, **heads}
-
-
 @pytest.fixture(params=[s for s in SETTINGS if torch.cuda.is_available() or s != "triton-fp16"])
 def setting(request: pytest.FixtureRequest, device: torch.device) -> Setting:
     """Interpreted kernels are tested in fp32: the layer's own work is the same in every dtype."""
     return Setting(*SETTINGS[request.param], device)
-
-
-def parameters_of(setting: Setting, spec: Spec) -> dict[str, torch.Tensor]:
-    dtype = torch.float32 if spec.autocast else None
-    tensors = {}
-    for name, size in spec.norms().items():
-        tensors[name] = setting.randn(size, scale=0.2, dtype=dtype) + (1 - spec.offset)
-    for i, (name, (rows, columns)) in enumerate(spec.shapes().items()):
-        tensors[f"{name}_weight"] = setting.randn(rows, columns, scale=columns**-0.5, dtype=dtype)
-        if spec.has_bias:
-            tensors[f"{name}_bias"] = setting.randn(rows, scale=0.3, dtype=dtype)
-        if spec.has_lora:
-            rank = 5 + i % 3
-            tensors[f"{name}_lora_a"] = setting.randn(rank, columns, scale=columns**-0.5, dtype=dtype)
-            tensors[f"{name}_lora_b"] = setting.randn(rows, rank, scale=0.3 * rank**-0.5, dtype=dtype)
-    return tensors
-
-
-def group_of(spec: Spec, tensors: Mapping, names: tuple[str, ...]) -> ProjectionGroup:
-    projections = [
-        Projection(*(tensors.get(f"{name}_{part}") for part in PARTS), scaling=0.5, dropout=spec.dropout)
-        for name in names
-    ]
-    return ProjectionGroup(projections)
-
-
-def layer_of(spec: Spec, tensors: Mapping) -> DecoderLayer:
-    norms = {name: Norm(tensors[name], EPS, spec.offset) for name in spec.norms()}
-    groups = {group: group_of(spec, tensors, names) for group, names in GROUPS.items()}
-    return DecoderLayer(**norms, **groups, activation=spec.activation, head_dim=spec.head_dim)
-
-
-def to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Offloads the way a memory planner does, without its streams."""
-    on_host = x.detach().to("cpu", copy=True)
-    return lambda: on_host.to(x.device, copy=True)
-
-
-def call_of(setting: Setting, spec: Spec, **changes) -> LayerCall:
-    cos, sin = angles(setting, spec.length, spec.rotary_dim)
-    options = {
-        "cos": cos.to(setting.dtype), "sin": sin.to(setting.dtype), "keep": spec.keep, "offload": to_host,
-        "attention": AttentionCase(spec.head_dim**-0.5, mask_of(setting, spec), spec.attention_dropout),
-    }  # fmt: skip
-    return LayerCall(**{**options, **changes})
-
-
-def mask_of(setting: Setting, spec: Spec) -> torch.Tensor | None:
-    """Causal, and blind for the first two positions of the first row of the batch: padding on the left."""
-    if spec.mask == "causal":
-        return None
-    seen = torch.ones(spec.batch, 1, spec.length, spec.length, dtype=torch.bool).tril()
-    seen[0, :, 2:, :2] = False
-    seen = seen.to(setting.device)
-    return seen if spec.mask == "bool" else torch.zeros_like(seen, dtype=setting.dtype).masked_fill(~seen, -torch.inf)
-
-
-def masks_of(spec: Spec, tensors: Tensors) -> dict[str, torch.Tensor | None]:
-    """The dropout masks of each projection, in the order in which the layer draws them."""
-    rows = spec.batch * spec.length
-    found = {}
-    for names in GROUPS.values():
-        group = group_of(spec, tensors, names)
-        like = torch.empty(rows, group.in_features, device=tensors["input_norm"].device)
-        found |= dict(zip(names, dropout_masks(group, like), strict=True))
-    return found
-
-
-def eager_layer(
-    x: torch.Tensor, spec: Spec, tensors: Tensors, masks: Mapping, call: LayerCall, *, autocast: bool = False
-) -> torch.Tensor:
-    """The layer as a Hugging Face model with PEFT runs it."""
-
-    def norm(value: torch.Tensor, name: str) -> torch.Tensor:
-        return eager.rms_norm(value, tensors[name], EPS, offset=spec.offset)
-
-    def linear(value: torch.Tensor, name: str) -> torch.Tensor:
-        mask = None if masks[name] is None else masks[name].view(*value.shape)
-        parts = (tensors.get(f"{name}_{part}") for part in PARTS)
-        return eager.lora_linear(value, *parts, scaling=0.5, mask=mask, dropout=spec.dropout)
-
-    hidden = norm(x, "input_norm")
-    q, k, v = (linear(hidden, name).unflatten(-1, (-1, spec.head_dim)).transpose(1, 2) for name in "qkv")
-    if spec.has_head_norms:
-        q, k = norm(q, "query_norm"), norm(k, "key_norm")
-    q, k = eager.rope(q, k, call.cos, call.sin)
-    attend = call.attention.function or functools.partial(
-        eager.attention, scaling=call.attention.scaling, mask=call.attention.mask
-    )
-    middle = x + linear(attend(q, k, v).transpose(1, 2).flatten(2), "o")
-    hidden = norm(middle, "post_norm")
-    return middle + linear(eager.glu(linear(hidden, "gate"), linear(hidden, "up"), spec.activation), "down")
 
 
 def check_layer(setting: Setting, spec: Spec, **call_changes) -> None:
@@ -235,11 +92,15 @@ SPECS = {
     "qwen2": Spec(weights="dense", has_bias=True),
     "qwen3": Spec(has_head_norms=True, trains_norms=True),
     "gemma": Spec(offset=1.0, activation="gelu_tanh", trains_norms=True),
+    "gemma2": Spec(offset=1.0, activation="gelu_tanh", has_out_norms=True, weights="dense"),
+    "gemma3": Spec(offset=1.0, activation="gelu_tanh", has_out_norms=True, has_head_norms=True, trains_norms=True),
     "partial_rotary": Spec(rotary_dim=8, head_dim=20, weights="dense"),
     "two_tokens": Spec(batch=1, length=2),
     "one_key_head": Spec(key_heads=1, length=17, batch=1),
     "bool_mask": Spec(mask="bool"),
     "additive_mask": Spec(mask="additive", weights="dense"),
+    "merged": Spec(is_merged=True),
+    "merged_trained": Spec(is_merged=True, weights="trained", has_bias=True, rotary_dim=8),
     "dropout": Spec(dropout=0.2),
     "dropout_dense": Spec(dropout=0.2, weights="dense", has_bias=True),
 }
@@ -256,17 +117,21 @@ def test_matches_float64_in_fp16_kernels(device, name):
     check_layer(Setting("triton", torch.float16, device), SPECS[name])
 
 
-@pytest.mark.parametrize("name", ["llama_nf4", "all_trained", "dropout"])
+@pytest.mark.parametrize("name", ["llama_nf4", "all_trained", "dropout", "gemma3"])
 def test_recomputed_matches_float64(setting, name):
     check_layer(setting, dataclasses.replace(SPECS[name], keep=Keep.INPUT))
 
 
 @pytest.mark.parametrize("keep", list(Keep), ids=lambda keep: keep.name.lower())
 @pytest.mark.parametrize("weights", ["nf4", "dense"])
-def test_autocast(setting, weights, keep):
+@pytest.mark.parametrize("has_out_norms", [False, True], ids=["llama", "out_norms"])
+def test_autocast(setting, has_out_norms, weights, keep):
     """An fp32 residual stream and fp32 parameters, multiplied in 16 bit."""
     if setting.dtype != torch.float32:
-        check_layer(setting, Spec(autocast=True, weights=weights, trains_norms=True, has_bias=True, keep=keep))
+        spec = Spec(
+            autocast=True, weights=weights, trains_norms=True, has_bias=True, keep=keep, has_out_norms=has_out_norms
+        )
+        check_layer(setting, spec)
 
 
 def test_attention_function_of_the_caller(setting):
@@ -348,6 +213,7 @@ KEEP_SPECS = {
     "nf4": Spec(has_head_norms=True),
     "trained": Spec(weights="trained", has_bias=True),
     "dropout": Spec(dropout=0.3, has_head_norms=True),
+    "out_norms": Spec(dropout=0.3, has_out_norms=True, trains_norms=True, offset=1.0),
     "dropout_everywhere": Spec(dropout=0.3, attention_dropout=0.3, weights="dense", trains_norms=True),
 }
 
@@ -372,10 +238,14 @@ def test_frozen_input(fp32):
 
 
 @pytest.mark.parametrize(
-    "wanted", ["input_norm", "key_norm", "post_norm", "v_bias", "o_weight", "up_lora_b", "down_lora_a"]
-)
+    "wanted",
+    [
+        "input_norm", "key_norm", "post_norm", "attention_out_norm", "mlp_out_norm", "v_bias", "o_weight", "up_lora_b",
+        "down_lora_a",
+    ],
+)  # fmt: skip
 def test_only_requested_gradients(fp32, wanted):
-    spec = Spec(weights="dense", has_bias=True, has_head_norms=True)
+    spec = Spec(weights="dense", has_bias=True, has_head_norms=True, has_out_norms=True)
     tensors = parameters_of(fp32, spec)
     tensors[wanted].requires_grad_()
     with fp32.active():
@@ -444,7 +314,7 @@ def test_empty_batch(fp32, keep):
     assert all(t.grad is not None and not t.grad.any() for t in tensors.values())
 
 
-@pytest.mark.parametrize("name", ["llama_dense", "all_trained", "gemma", "bool_mask"])
+@pytest.mark.parametrize("name", ["llama_dense", "all_trained", "gemma", "gemma3", "merged", "bool_mask"])
 def test_reference_is_the_definition(name, device):
     """The reference of the package against the layer as Hugging Face writes it, in float64."""
     spec = dataclasses.replace(SPECS[name], weights="dense")
@@ -464,6 +334,7 @@ TINY_SPECS = {
     "plain": TINY,
     "dropout": dataclasses.replace(TINY, dropout=0.3, attention_dropout=0.2),
     "gemma": dataclasses.replace(TINY, offset=1.0, activation="gelu"),
+    "out_norms": dataclasses.replace(TINY, has_out_norms=True, dropout=0.3),
 }
 
 

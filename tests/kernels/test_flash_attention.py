@@ -56,7 +56,7 @@ def test_two_functions(setting, name):
     check_narrowed(setting, name, "triton", FEW_HEADS)
 
 
-@pytest.mark.parametrize("name", ["window", "softcap"])
+@pytest.mark.parametrize("name", ["window", "softcap", "capped_rows"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(setting, shape, name):
     if setting.dtype == torch.float32 and SHAPES[shape][-1] > 128:
@@ -110,8 +110,7 @@ def test_left_to_the_reference(device):
 on_few_heads = functools.partial(check_narrowed, backend="triton", shape=FEW_HEADS)
 BUGS = {
     "future_seen": Bug(
-        "HAS_CAP))\n        seen = (keys[None, :] <= queries[:, None])",
-        "HAS_CAP))\n        seen = (keys[None, :] <= queries[:, None] + 1)",
+        "return (keys <= queries) &", "return (keys <= queries + 1) &",
         lambda setting: on_few_heads(setting, "softcap"),
     ),
     "scaling_missing": Bug(
@@ -122,16 +121,24 @@ BUGS = {
         "total = total * rescale + tl.sum", "total = total + tl.sum", lambda setting: on_few_heads(setting, "softcap")
     ),
     "window_off_by_one": Bug(
-        "first = tl.maximum(queries - window + 1, 0)", "first = tl.maximum(queries - window, 0)",
+        "first = tl.maximum(first, queries - window + 1)", "first = tl.maximum(first, queries - window)",
         lambda setting: on_few_heads(setting, "window"),
     ),
     "starts_of_the_first_row": Bug(
-        "starts_ptr + batch * length + queries", "starts_ptr + queries",
+        "first = tl.load(starts_ptr + batch * length + queries", "first = tl.load(starts_ptr + queries",
         lambda setting: check_narrowed(setting, "two_rows", "triton", FEW_HEADS),
     ),
     "documents_leak_in_the_backward": Bug(
         "    if HAS_DOCUMENTS:\n        end =", "    if False:\n        end =",
         lambda setting: check_narrowed(setting, "packed", "triton", FEW_HEADS),
+    ),
+    "images_see_the_one_after": Bug(
+        "elif HAS_DOCUMENTS:\n        end =", "elif False:\n        end =",
+        lambda setting: on_few_heads(setting, "segments"),
+    ),
+    "images_leak_in_the_backward": Bug(
+        "elif HAS_DOCUMENTS:\n        first =", "elif False:\n        first =",
+        lambda setting: on_few_heads(setting, "segments"),
     ),
     "slope_of_the_cap_missing": Bug(
         "            if HAS_CAP:\n                ds *=", "            if False:\n                ds *=",

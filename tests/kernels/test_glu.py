@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from fastllm.kernels.glu import ACTIVATIONS, glu, glu_backward, glu_forward
+from fastllm.kernels.activation import ACTIVATIONS
+from fastllm.kernels.glu import glu, glu_backward, glu_forward
 
 from . import eager
 from .parity import Limit, OverLimit, Setting, assert_parity, check_op, run

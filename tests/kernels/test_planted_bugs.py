@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from fastllm.kernels import linear_cross_entropy
-from fastllm.kernels.decoder_layer import Keep
+from fastllm.kernels.layer_definition import Keep
 from fastllm.kernels.linear_cross_entropy import LogitTransform
 
 from ..planting import Bug, plant
+from .layers import Spec
 from .parity import OverLimit, Setting
-from .test_attention import check_two_functions, check_under_autograd, masks
-from .test_decoder_layer import SPECS, Spec, check_keep_modes, check_layer
+from .test_activation import check_activation
+from .test_activation import check_overlay as check_activation_overlay
+from .test_attention import check_narrowed, check_two_functions, check_under_autograd, masks
+from .test_decoder_layer import SPECS, check_keep_modes, check_layer
 from .test_fp8 import check_factors, check_products, check_quantize, check_transposed
 from .test_fp8 import check_group as check_fp8_group
 from .test_glu import check_glu, check_overlay
@@ -28,11 +31,15 @@ from .test_kept_weights import (
     replaced,
     rewritten,
 )
+from .test_layer_norm import check_add_and_norm as check_add_and_layer_norm
+from .test_layer_norm import check_layer_norm
 from .test_linear_cross_entropy import Case, check_loss, check_statistics
 from .test_lora import DROPOUT, GROUPS, RANK_STABILIZED, check_group
 from .test_nf4 import check_dequantize
 from .test_rms_norm import check_add_and_norm, check_rms_norm
 from .test_rope import check_rope
+from .test_vision_block import SPECS as BLOCK_SPECS
+from .test_vision_block import check_block, check_recomputation
 
 # Triton's interpreter computes masked lanes too, in numpy.
 pytestmark = [
@@ -69,6 +76,10 @@ def check_masked_attention(setting: Setting) -> None:
 
 def layer(name: str, on: str = "reference", **changes) -> Callable[[torch.device], None]:
     return checks(check_layer, dataclasses.replace(SPECS[name], **changes), on=on)
+
+
+def block(name: str, on: str = "reference", **changes) -> Callable[[torch.device], None]:
+    return checks(check_block, dataclasses.replace(BLOCK_SPECS[name], **changes), on=on)
 
 
 RMS_NORM = {
@@ -133,21 +144,62 @@ ROPE = {
     ),
 }  # fmt: skip
 
-GLU = {
+LAYER_NORM = {
+    "mean_not_taken_away": Bug(
+        "centered = tl.where(live, x - mean[:, None], 0.0)", "centered = tl.where(live, x, 0.0)",
+        checks(check_layer_norm, 7, 100),
+    ),
+    "variance_of_the_padding": Bug(
+        "centered = tl.where(live, x - mean[:, None], 0.0)", "centered = x - mean[:, None]",
+        checks(check_layer_norm, 7, 100),
+    ),
+    "eps_missing": Bug(
+        "tl.sum(centered * centered, axis=1) / width + eps", "tl.sum(centered * centered, axis=1) / width",
+        checks(check_layer_norm, 7, 100),
+    ),
+    "backward_without_the_mean_of_dy": Bug("- level[:, None]", "", checks(check_layer_norm, 7, 100)),
+    "backward_without_the_mean_of_x": Bug(
+        "normed = tl.where(live, (x - mean[:, None])", "normed = tl.where(live, x", checks(check_layer_norm, 7, 100)
+    ),
+    "gradients_of_the_last_rows_only": Bug(
+        "db += tl.sum(dy, axis=0)", "db = tl.sum(dy, axis=0)", checks(check_layer_norm, 515, 2049)
+    ),
+    "weight_and_bias_gradients_exchanged": Bug(
+        "dw, db = partial.sum(1)", "db, dw = partial.sum(1)", checks(check_layer_norm, 7, 100)
+    ),
+    "residual_gradient_dropped": Bug(
+        "HAS_RESIDUAL=residual_grad is not None", "HAS_RESIDUAL=False", checks(check_add_and_layer_norm, 7, 100)
+    ),
+    "statistics_in_16_bit": Bug(
+        "centered = x.to(accumulate)", "centered = x",
+        checks(check_layer_norm, 7, 100, on="reference", dtype=torch.float16),
+    ),
+}  # fmt: skip
+
+ACTIVATION = {
     "slope_term_dropped": Bug(
-        "slope = sigmoid * (1.0 + x * (1.0 - sigmoid))", "slope = sigmoid", checks(check_glu, 5, 97)
+        "slope = sigmoid * (1.0 + x * (1.0 - sigmoid))", "slope = sigmoid", checks(check_activation, 5, 97, name="silu")
     ),
     "tanh_slope_constant": Bug(
-        "3.0 * 0.044715", "2.0 * 0.044715", checks(check_glu, 5, 97, activation="gelu_tanh")
+        "3.0 * 0.044715", "2.0 * 0.044715", checks(check_activation, 5, 97, name="gelu_tanh")
     ),
+    "quick_slope_without_its_factor": Bug(
+        "1.0 + 1.702 * x", "1.0 + x", checks(check_activation, 5, 97, name="quick_gelu")
+    ),
+    "y_never_written": Bug(
+        "STORE_Y=y_out is not None", "STORE_Y=False", checks(check_activation_overlay, "quick_gelu")
+    ),
+    "other_gelu": Bug(
+        '"tanh" if name == "gelu_tanh" else "none"', '"none" if name else "tanh"',
+        checks(check_activation, 5, 97, name="gelu_tanh", on="reference"),
+    ),
+}  # fmt: skip
+
+GLU = {
     "gradient_of_gate_without_up": Bug(
         "(dh * up * slope)", "(dh * slope)", checks(check_glu, 5, 97)),
     "h_never_written": Bug(
         "STORE_H=h_out is not None", "STORE_H=False", checks(check_overlay)),
-    "other_gelu": Bug(
-        '"tanh" if activation == "gelu_tanh" else "none"', '"none" if activation else "tanh"',
-        checks(check_glu, 5, 97, activation="gelu_tanh", on="reference"),
-    ),
 }  # fmt: skip
 
 NF4 = {
@@ -301,10 +353,19 @@ ATTENTION = {
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "not_causal": Bug(
-        "is_causal=mask is None", "is_causal=False", checks(check_two_functions, "plain", None, on="auto")
+        "is_causal=mask is None and case.causal", "is_causal=False",
+        checks(check_two_functions, "plain", None, on="auto"),
+    ),
+    "always_causal": Bug(
+        "is_causal=mask is None and case.causal", "is_causal=mask is None",
+        checks(check_two_functions, "plain", None, causal=False, on="auto"),
+    ),
+    "documents_joined": Bug(
+        "torch.cat([_differentiable(whole)(*part) for part in parts], dim=2)", "_differentiable(whole)(q, k, v)",
+        checks(check_narrowed, "segments", "autograd", on="auto"),
     ),
     "default_scale": Bug(
-        "is_causal=mask is None, scale=case.scaling,", "is_causal=mask is None,",
+        "case.causal, scale=case.scaling,\n            enable_gqa", "case.causal,\n            enable_gqa",
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "key_heads_in_the_wrong_order": Bug(
@@ -327,7 +388,7 @@ LAYER = {
         "dq_rows, dk_rows, inverse=True)", "dq_rows, dk_rows)", layer("llama_nf4", on="triton")
     ),
     "head_norms_without_backward": Bug(
-        "norm_grads[1:3] = _norm_heads_backward(layer, state, dqkv, needs_norm)", "pass",
+        "norm_grads |= _norm_heads_backward(layer, state, dqkv, needs_norm)", "pass",
         layer("qwen3", trains_norms=False),
     ),
     "stale_gradient_of_v": Bug(
@@ -341,6 +402,24 @@ LAYER = {
     "wrong_norm_in_the_backward": Bug(
         "    norm = layer.input_norm\n    prepared = weights.take(", "    prepared = weights.take(",
         layer("llama_dense"),
+    ),
+    "norm_of_an_output_takes_the_wrong_gradient": Bug(
+        "dmiddle, state.attention_out, state", "dy, state.attention_out, state", layer("gemma2")
+    ),
+    "wrong_norm_of_an_output_in_the_backward": Bug(
+        "state.mlp_out_rstd, layer.mlp_out_norm", "state.mlp_out_rstd, layer.post_norm", layer("gemma2")
+    ),
+    "offset_missing_in_the_norm_of_an_output": Bug(
+        "offset=norm.offset, out=_empty_rows(rows, dtype)", "out=_empty_rows(rows, dtype)", layer("gemma2")
+    ),
+    "other_dropout_in_a_recomputed_output": Bug(
+        "_mlp_output(layer, weights, state, keep=True)",
+        "weights.take('down'), torch.rand(1), _mlp_output(layer, weights, state, keep=True)",
+        checks(check_keep_modes, Spec(dropout=0.3, has_out_norms=True, weights="dense"), on="reference"),
+    ),
+    "norms_of_heads_exchanged": Bug(
+        "in zip(layer.qkv_columns[:2], (layer.query_norm", "in zip(layer.qkv_columns[1::-1], (layer.query_norm",
+        layer("qwen3"),
     ),
     "other_dropout_when_recomputed": Bug(
         "with replayed(ctx.rng, x.device):", "with replayed(None, x.device):",
@@ -399,9 +478,41 @@ FP8 = {
     "tiles_not_transposed": Bug("tl.trans(tile)", "tile", checks(check_transposed, 64, 64)),
 }  # fmt: skip
 
+BLOCK = {
+    "residual_of_the_wrong_branch": Bug(".add_(state.middle)", ".add_(state.x)", block("qwen2_vl")),
+    "residual_gradient_dropped": Bug(
+        "needs_norm1, residual_grad=dmiddle", "needs_norm1, residual_grad=torch.zeros_like(dmiddle)",
+        block("qwen2_vl"),
+    ),
+    "rotation_not_undone": Bug(
+        "dq_rows, dk_rows, inverse=True)", "dq_rows, dk_rows)", block("qwen2_vl", on="triton")
+    ),
+    "towers_without_rotation_forgotten": Bug(
+        "        dk_rows.copy_(dk)\n", "", block("siglip", on="triton")
+    ),
+    "stale_gradient_of_v": Bug("    dv_rows.copy_(dv)\n", "", block("qwen2_vl", on="triton")),
+    "queries_and_keys_exchanged": Bug(
+        "q, k, v = (part.transpose", "k, q, v = (part.transpose", block("qwen2_vl")
+    ),
+    "wrong_norm_in_the_backward": Bug(
+        "_normed(block.norm2, state.middle, out=hidden)", "_normed(block.norm1, state.middle, out=hidden)",
+        block("qwen2_vl"),
+    ),
+    "gradients_of_a_norm_exchanged": Bug("zip((dw, db), needs", "zip((db, dw), needs", block("qwen3_vl")),
+    "other_dropout_when_recomputed": Bug(
+        "with replayed(ctx.rng, x.device):", "with replayed(None, x.device):",
+        checks(check_recomputation, dataclasses.replace(BLOCK_SPECS["qwen2_vl"], dropout=0.3), on="reference"),
+    ),
+    "dropout_masks_forgotten_when_recomputed": Bug(
+        "state.down_masks = dropout_masks(block.down, state.up[:, : block.down.in_features])", "pass",
+        block("dropout", recompute=True),
+    ),
+}  # fmt: skip
+
 BUGS = {
-    "rms_norm": RMS_NORM, "rope": ROPE, "glu": GLU, "nf4": NF4, "lora": LORA, "linear_cross_entropy": LOSS,
-    "attention": ATTENTION, "decoder_layer": LAYER, "kept_weights": KEPT_WEIGHTS, "fp8": FP8,
+    "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "glu": GLU, "nf4": NF4,
+    "lora": LORA, "linear_cross_entropy": LOSS, "attention": ATTENTION, "decoder_layer": LAYER,
+    "vision_block": BLOCK, "kept_weights": KEPT_WEIGHTS, "fp8": FP8,
 }  # fmt: skip
 
 

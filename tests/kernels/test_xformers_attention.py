@@ -29,11 +29,12 @@ def memory_efficient_attention_forward_requires_grad(
     """[B, S, H, E] in and out, as many key heads as query heads, no dropout: what the real one insists on."""
     assert query.dim() == 4 and key.shape == value.shape and query.shape[2:] == key.shape[2:]
     assert all(t.stride(-1) == 1 for t in (query, key, value))
-    assert p == 0.0 and isinstance(attn_bias, LowerTriangularMask)
+    assert p == 0.0 and (attn_bias is None or isinstance(attn_bias, LowerTriangularMask))
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     scores = (eager.at_least_fp32(q) @ eager.at_least_fp32(k).transpose(2, 3)) * scale
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~seen, -torch.inf)
+    if attn_bias is not None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
     out = (scores.softmax(-1) @ eager.at_least_fp32(v)).to(q.dtype)
     return out.transpose(1, 2).contiguous(), scores.logsumexp(-1)
 
@@ -87,10 +88,11 @@ def turing(monkeypatch):
     return tensors
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_float64(shape, dtype, double, device):
-    check_two_functions(Setting("auto", dtype, device), shape, None, "xformers")
+def test_matches_float64(shape, dtype, causal, double, device):
+    check_two_functions(Setting("auto", dtype, device), shape, None, "xformers", causal=causal)
 
 
 def test_chosen_where_torch_has_no_flash_kernel(turing, double, capsys):
@@ -148,13 +150,14 @@ def test_planted_bug_is_noticed(bug, double, device, monkeypatch, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [name for name, (*_, width) in SHAPES.items() if width % 8 == 0])
-def test_the_real_one_matches_float64(shape, dtype, device, fresh_lookup):
+def test_the_real_one_matches_float64(shape, dtype, causal, device, fresh_lookup):
     pytest.importorskip("xformers.ops")
     if torch.cuda.get_device_capability() > (9, 0):
         pytest.skip("xformers has no kernels for this GPU")
-    check_two_functions(Setting("auto", dtype, device), shape, None, "xformers")
+    check_two_functions(Setting("auto", dtype, device), shape, None, "xformers", causal=causal)
 
 
 @pytest.mark.parametrize(

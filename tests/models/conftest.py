@@ -44,6 +44,11 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("base") / "llama")
 
 
+@pytest.fixture(scope="session")
+def tied_checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("base") / "tied", tie_word_embeddings=True)
+
+
 @pytest.fixture
 def messages(capsys):
     """What fastllm has told since the last call."""

@@ -5,14 +5,26 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from fastllm.kernels.nf4 import dequantize_nf4_reference
-from fastllm.models.arch import get_arch
+from fastllm.models.arch import arch_of
 from fastllm.models.lora_view import projection_of
 from fastllm.models.patch import adapt
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS = [
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+]  # fmt: skip
 _COMMON = {
     "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 307, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
@@ -30,6 +42,21 @@ FAMILIES = {
     "mistral": MistralConfig(**_COMMON, sliding_window=16),
     "qwen2": Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_COMMON, head_dim=32),
+    "phi3": Phi3Config(**_COMMON, rope_parameters={
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+    }),
+    "gemma": GemmaConfig(**_COMMON, head_dim=24),
+    "gemma2": Gemma2Config(
+        **_COMMON, head_dim=24, sliding_window=16, query_pre_attn_scalar=40, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3_text": Gemma3TextConfig(
+        **_COMMON, head_dim=24, sliding_window=16, query_pre_attn_scalar=40,
+        layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }  # fmt: skip
 
 
@@ -37,12 +64,13 @@ def build(config, *, dtype=torch.float32, device="cpu", seed=0):
     """A plain transformers model with weights spread out enough that every part of it matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    neutral = 0.0 if config.model_type.startswith("gemma") else 1.0  # of a norm's weight
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.08)
             else:
-                parameter.normal_(1, 0.1)
+                parameter.normal_(neutral, 0.1)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
@@ -63,7 +91,7 @@ def with_lora(model, *, seed=1, **options):
 def fast_copy(model, *, setting=False):
     """The same plain model adapted by fastllm, independent of the original."""
     clone = copy.deepcopy(model)
-    adapt(clone, get_arch(clone.config.model_type), setting)
+    adapt(clone, arch_of(clone.config), setting)
     return clone
 
 
@@ -119,11 +147,11 @@ def step(model, inputs, *, autocast=None, loss_scale=1.0, seed=3):
     return Step(float(loss.detach()), grads)
 
 
-def float64_twin(adapted):
+def float64_twin(adapted, auto_class=AutoModelForCausalLM):
     """The plain float64 model with the same weights: 4-bit layers become the matrices they stand for."""
     config = copy.deepcopy(adapted.get_base_model().config)
     config.quantization_config = None
-    twin = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    twin = auto_class.from_config(config, dtype=torch.float64)
     source = adapted.get_base_model()
     with torch.no_grad():
         for name, parameter in twin.named_parameters():

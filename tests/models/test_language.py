@@ -4,7 +4,15 @@ import inspect
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 import fastllm
 from fastllm import FastLanguageModel
@@ -262,6 +270,18 @@ def test_target_modules(checkpoint, targets):
     }
     everything = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert adapted == (everything if targets == "all-linear" or len(targets) == 7 else {"q_proj", "down_proj"})
+    assert model.fast_report().num_fused == 2
+
+
+def test_targets_that_a_model_holds_as_one_matrix(tmp_path, messages):
+    """Phi-3: the default targets are found in the merged matrices; a part of one is not there to be had."""
+    checkpoint = make_checkpoint(tmp_path, config_class=Phi3Config, model_class=Phi3ForCausalLM)
+    model, _ = FastLanguageModel.from_pretrained(checkpoint)
+    with pytest.raises(ArgumentError, match=r"q_proj.*qkv_proj"):
+        FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "down_proj"])
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    assert "its LoRA goes on qkv_proj" in messages()
+    assert sum(".lora_A." in name for name, _ in model.named_parameters()) == 2 * 4
     assert model.fast_report().num_fused == 2
 
 

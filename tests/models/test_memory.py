@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from fastllm._device import free_bytes
 from fastllm._errors import ArgumentError
-from fastllm.kernels.decoder_layer import Keep
+from fastllm.kernels.layer_definition import Keep
 from fastllm.models import memory
 from fastllm.models.blocks import fused_layer
 from fastllm.models.memory import GIB, ActivationPlanner, HostOffload, LayerBytes, checkpointing_setting
@@ -46,6 +47,18 @@ def plan(monkeypatch, layer, free, *, tokens=4096, layers=32, device="cuda", res
     return planner._make_plan(layer, tokens, torch.device(device), torch.bfloat16)
 
 
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 70 + 2), (0.5, 40 - 10 + 2), (0.1, 2)])
+def test_the_limit_of_a_process_counts(monkeypatch, fraction, expected):
+    """80 GiB in all, 70 free; this process holds 10, of which 2 are unused."""
+    known = {
+        "mem_get_info": (70 * GIB, 80 * GIB), "memory_reserved": 10 * GIB, "memory_allocated": 8 * GIB,
+        "get_per_process_memory_fraction": fraction,
+    }  # fmt: skip
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == expected * GIB
+
+
 @pytest.mark.parametrize("free", [0, GIB // 4, GIB, 2 * GIB, 8 * GIB, 64 * GIB])
 def test_a_plan_fits_the_free_memory(monkeypatch, layer, free):
     sizes = LayerBytes.of(layer, torch.bfloat16)
@@ -71,9 +84,10 @@ def test_a_cpu_never_offloads(monkeypatch, layer):
     assert Keep.OFFLOADED_INPUT not in plan(monkeypatch, layer, 0, device="cpu")
 
 
-def test_the_estimate_of_what_a_layer_keeps_is_what_it_keeps():
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_the_estimate_of_what_a_layer_keeps_is_what_it_keeps(family):
     """Bytes that autograd's graph of one layer holds, against the planner's arithmetic."""
-    config = FAMILIES["llama"]
+    config = FAMILIES[family]
     fast = with_lora(fast_copy(build(config)))
     decoder = fast.get_base_model().model
     x = torch.randn(2, 40, config.hidden_size)

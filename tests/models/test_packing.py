@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import DataCollatorWithFlattening
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from fastllm import FastLanguageModel
@@ -16,6 +19,8 @@ from .test_parity import check_same_step
 from .test_trainers import CONFIG, losses
 
 LENGTHS = [11, 1, 18, 9]
+# Of each layer, where a family has them.
+WINDOWS = {"mistral": [16] * 4, "gemma2": [16, 0] * 2, "gemma3_text": [16, 0] * 2}
 
 
 def documents_of(config, lengths=LENGTHS, seed=5):
@@ -76,11 +81,11 @@ def test_a_packed_row_trains_as_padded_rows_do(family, setting, device, cases):
     assert len(cases) == config.num_hidden_layers
     assert all(case.mask is None and case.documents is cases[0].documents for case in cases)
     assert cases[0].documents.cu_seqlens.tolist() == [0, 11, 12, 30, 39] and cases[0].documents.max_seqlen == 18
-    assert cases[0].sliding_window == (config.sliding_window if family == "mistral" else 0)
+    assert [case.sliding_window for case in cases] == WINDOWS.get(family, [0] * 4)
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {}], ids=["dora", "lora"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_layers_that_run_in_parts(family, options, device):
     """Where a layer is not one node, its attention still keeps documents apart; without gradients too."""
     config = FAMILIES[family]
@@ -88,7 +93,7 @@ def test_layers_that_run_in_parts(family, options, device):
     fast, plain = with_lora(fast_copy(plain), **options), with_lora(plain, **options)
     inputs = in_one_row(documents_of(config), device)
     check_same_step(fast, plain, {**inputs, "use_cache": False})
-    for implementation in ("sdpa", "eager"):
+    for implementation in ("eager",) if family == "gemma2" else ("sdpa", "eager"):
         fast.get_base_model().set_attn_implementation(implementation)
         with torch.no_grad():
             ours, theirs = (model.eval()(**inputs, use_cache=False).loss for model in (fast, plain))
@@ -102,6 +107,22 @@ def test_evaluation_keeps_documents_apart(device):
     documents = documents_of(config)
     with torch.no_grad():
         packed, alone = (model(**inputs).loss for inputs in (in_one_row(documents, device), padded(documents, device)))
+    assert float(packed) == pytest.approx(float(alone), rel=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_documents_stay_apart_under_full_logits(device, training):
+    """Where the loss can't be fused, transformers' own forward serves."""
+    config = FAMILIES["llama"]
+    model = with_lora(fast_copy(build(config, device=device)))
+    model.get_base_model().loss_function = lambda logits, labels, vocab_size, **kwargs: ForCausalLMLoss(
+        logits, labels, vocab_size
+    )
+    documents = documents_of(config)
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        losses = [model(**inputs).loss for inputs in (in_one_row(documents, device), padded(documents, device))]
+    packed, alone = (loss.detach() for loss in losses)
     assert float(packed) == pytest.approx(float(alone), rel=1e-6)
 
 
@@ -147,6 +168,25 @@ def test_boundaries_that_a_collator_gives(device, cases):
         cases.clear()
         assert_same_step(step(model, given), expected)
     assert all(case.documents.cu_seqlens.tolist() == [0, 11, 12, 30, 39] for case in cases)
+
+
+@pytest.mark.parametrize("setting", [False, True], ids=["keep", "recompute"])
+def test_other_attention_implementations_are_told_the_positions(setting, monkeypatch):
+    """flash-attn keeps documents apart by them where nobody gives the boundaries."""
+    seen = []
+
+    def recording(module, q, k, v, mask, **passed):
+        seen.append(passed["position_ids"])
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "recording", recording)
+    config = FAMILIES["llama"]
+    model = with_lora(fast_copy(build(config), setting=setting))
+    model.get_base_model().set_attn_implementation("recording")
+    inputs = in_one_row(documents_of(config), "cpu")
+    step(model, inputs)
+    assert len(seen) >= config.num_hidden_layers
+    assert all(torch.equal(positions, inputs["position_ids"]) for positions in seen)
 
 
 def test_boundaries_that_do_not_fit_are_refused():

@@ -150,7 +150,7 @@ def test_an_arch_checks_its_own_contract():
         pass
 
     with pytest.raises(TypeError, match="keep its name"):
-        Arch(model_type="llama", classes={modeling_llama.LlamaMLP: Wrong})
+        Arch("llama", {}, {modeling_llama.LlamaMLP: Wrong})
 
 
 def test_every_listed_type_has_an_arch():

@@ -47,6 +47,17 @@ BLOCKS = {
     "query_norm_forgotten": Bug(
         'query_norm=_norm(heads["q_norm"]) if "q_norm" in heads else None', "query_norm=None", checks("qwen3")
     ),
+    "scores_not_capped": Bug("if module.caps_scores else 0.0", "if False else 0.0", checks("gemma2")),
+    "norm_of_the_attention_taken_for_that_before_the_mlp": Bug(
+        'norms["pre_feedforward_layernorm" if norms_outputs else "post_attention_layernorm"]',
+        'norms["post_attention_layernorm"]', checks("gemma3_text"),
+    ),
+    "norms_of_the_outputs_forgotten": Bug(
+        'norms_outputs = "pre_feedforward_layernorm" in norms', "norms_outputs = False", checks("gemma2")
+    ),
+    "windows_forgotten": Bug(
+        "window = window if window < documents.length else 0", "window = 0", checks("gemma3_text")
+    ),
     "norms_exchanged": Bug(
         "input_norm=_norm(layer.input_layernorm)", "input_norm=_norm(layer.post_attention_layernorm)", checks("llama")
     ),

@@ -4,6 +4,7 @@ import pytest
 
 from ..gguf.conftest import judge as judge
 from .checkpoints import make_base
+from .vision_checkpoints import make_vision_base
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,19 @@ def base_of(tmp_path_factory):
     def get(family: str):
         if family not in made:
             made[family] = make_base(tmp_path_factory.mktemp("bases") / family, family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def vision_base_of(tmp_path_factory):
+    """The same of a vision-language family."""
+    made = {}
+
+    def get(family: str):
+        if family not in made:
+            made[family] = make_vision_base(tmp_path_factory.mktemp("vision") / family, family)
         return made[family]
 
     return get

@@ -246,7 +246,7 @@ def library_text(num_characters: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3moe"])
 def test_on_a_model_with_skill_llama_cpp_finds_dynamic_types_better(judge, tmp_path, family):
     """Trained on Python sources, each size exported statically and dynamically with the same importance: on held-out
     text at most 0.85 of the divergence, 0.70 on average, in the mean and in the worst percent of 1,000 predictions.

@@ -54,8 +54,12 @@ def wide(tmp_path_factory):
 # --- llama.cpp predicts what the trained model predicts --------------------------------------------------------------
 
 
+# Those of the small models whose scaling and windows llama.cpp has; tests/gguf has the Gemma 2 and 3 that it can run.
+EXPORTABLE = [family for family in FAMILIES if family not in ("gemma2", "gemma3_text")]
+
+
 @pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("family", [*FAMILIES, SHARDED])
+@pytest.mark.parametrize("family", [*EXPORTABLE, SHARDED])
 def test_a_file_is_the_adapter_on_the_16_bit_base(judge, base_of, tmp_path, family, bits):
     base = base_of(family)
     model, tokenizer = adapted(base, bits)

@@ -32,6 +32,7 @@ from .checkpoints import (
 from .test_experts import saved_as_experts
 from .test_gguf import divergence as divergence_in_llama_cpp
 from .test_merged import check_merge
+from .vision_checkpoints import adapted_vision, vision_divergence, vision_on_16_bit_base
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Setting:
     """Where a check works, and whom it may ask."""
 
     base_of: Callable[[str], Path]
+    vision_base_of: Callable[[str], Path]
     folder: Path
     judge: Any
 
@@ -134,6 +136,19 @@ def exports(**options):
     return check
 
 
+def exports_vision(family):
+    """Both files, of an adapter in tower and decoder on the 16-bit base."""
+
+    def check(at: Setting):
+        base = at.vision_base_of(family)
+        model, processor = adapted_vision(base)
+        written = model.save_pretrained_gguf(at.folder / "out", processor, quantization_method="f32", mmproj_type="f32")
+        reference = vision_on_16_bit_base(model, base, at.folder / "adapter")
+        assert vision_divergence(at.judge, family, written, reference, processor) < 2e-4
+
+    return check
+
+
 def measures(at: Setting):
     """E[g^2] at the logits is p (1 - p)."""
     model, tokenizer = load(at.base_of("llama"))
@@ -188,7 +203,26 @@ BUGS = {
         "quantization_config_left": Bug("del config.quantization_config", "pass", merges(bits=4)),
     },
     "staged_folder": {"old_shards_left": Bug("_retire_model(target, keep=names)", "pass", replaces)},
+    "fastllm.gguf.architectures.projectors": {
+        "first_frame_twice": Bug("lambda tensor: tensor[:, :, 1]", "lambda tensor: tensor[:, :, 0]",
+                                 exports_vision("qwen2_vl")),
+        "key_and_value_exchanged": Bug('enumerate(("q", "k", "v"))', 'enumerate(("q", "v", "k"))',
+                                       exports_vision("qwen2_5_vl")),
+        "no_layer_sees_the_whole_image": Bug('n_wa_pattern": _window_period(config)',
+                                             'n_wa_pattern": config.num_layers + 1', exports_vision("qwen2_5_vl")),
+        "deepstack_mergers_exchanged": Bug('enumerate(config.get("deepstack_visual_indexes", ()))',
+                                           'enumerate(config.get("deepstack_visual_indexes", ())[::-1])',
+                                           exports_vision("qwen3_vl")),
+        "norm_of_the_projector_less_one": Bug("(width,), plus_one)", "(width,))", exports_vision("gemma3")),
+        "deviation_of_another_colour": Bug("[finite(key, value) for value in values]",
+                                           "[finite(key, value) for value in values[::-1]]", exports_vision("gemma3")),
+    },
+    "fastllm.gguf.architectures.qwen": {
+        "sections_exchanged": Bug("[*sections, 0]", "[*sections[::-1], 0]", exports_vision("qwen2_vl")),
+    },
     "gguf_saving": {
+        "adapter_of_the_tower_forgotten": Bug("if weight.edits:", 'if weight.edits and "visual" not in weight.name:',
+                                              exports_vision("qwen2_vl")),
         "adapter_forgotten": Bug("if weight.edits:", "if False:", exports()),
         "first_block_only": Bug("for _, block in weight.merged(device=device)]",
                                 "for _, block in list(weight.merged(device=device))[:1]]", exports()),
@@ -204,12 +238,12 @@ BUGS = {
 @pytest.mark.parametrize(("module", "bug"), [
     pytest.param(module, bug, id=f"{module}-{name}") for module, bugs in BUGS.items() for name, bug in bugs.items()
 ])  # fmt: skip
-def test_planted_bug_is_noticed(module, bug, base_of, judge, monkeypatch, tmp_path):
+def test_planted_bug_is_noticed(module, bug, base_of, vision_base_of, judge, monkeypatch, tmp_path):
     monkeypatch.setattr(merge_plan, "_BLOCK_VALUES", 5000)  # blocks of some 40 rows
     for name in ("sound", "planted", "source"):
         (tmp_path / name).mkdir()
-    bug.check(Setting(base_of, tmp_path / "sound", judge))
+    bug.check(Setting(base_of, vision_base_of, tmp_path / "sound", judge))
     with monkeypatch.context() as planting:
-        plant(f"fastllm.models.{module}", bug, planting, tmp_path / "source")
+        plant(module if "." in module else f"fastllm.models.{module}", bug, planting, tmp_path / "source")
         with pytest.raises((AssertionError, FastllmError, RuntimeError)):
-            bug.check(Setting(base_of, tmp_path / "planted", judge))
+            bug.check(Setting(base_of, vision_base_of, tmp_path / "planted", judge))

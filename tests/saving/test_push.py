@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from fastllm._errors import ArgumentError, UnsupportedError
 
 from .checkpoints import adapted, tensors_of
+from .vision_checkpoints import adapted_vision
 
 TOKEN = "hf_secret"
 
@@ -193,6 +194,17 @@ def test_gguf_files_arrive_in_one_commit(trained, hub, tmp_path, messages):
     assert "ollama run hf.co/me/model" in card
     assert TOKEN not in messages() + card
     assert list(tmp_path.iterdir()) == []
+
+
+def test_both_files_of_a_vision_language_model_arrive(vision_base_of, hub, tmp_path):
+    model, processor = adapted_vision(vision_base_of("qwen2_vl"))
+    model.push_to_hub_gguf("me/model", processor, mmproj_type="q8_0", temporary_location=tmp_path)
+    files = hub.repositories["me/model"]["main"]
+    assert files.keys() == {"qwen2_vl.Q8_0.gguf", "mmproj-qwen2_vl-Q8_0.gguf", "Modelfile", "README.md"}
+    card = files["README.md"].decode()
+    assert "`mmproj-qwen2_vl-Q8_0.gguf`" in card
+    assert "llama-server -hf me/model" in card
+    assert "pipeline_tag: image-text-to-text" in card
 
 
 def test_gguf_upload_that_fails_keeps_the_files(trained, hub, tmp_path, messages):

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
@@ -18,11 +19,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tests.models.conftest import make_tokenizer
 
 VISION_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-# A chat template in the manner of the Qwen-VL families: text as it is, each image as its placeholder.
+# A chat template in the manner of the Qwen-VL families: text as it is, each image and video as its placeholder.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' or 'image' in part %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -31,6 +33,7 @@ CLASSES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
 }
+PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}
 TOWERS = {
     "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
     "qwen2_5_vl": {
@@ -40,24 +43,24 @@ TOWERS = {
 }  # fmt: skip
 
 
-def make_processor():
+def make_processor(family):
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": VISION_TOKENS})
     tokenizer.chat_template = TEMPLATE
-    images = Qwen2VLImageProcessorPil(
-        patch_size=PATCH, merge_size=2, size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 48 * 48}
-    )
+    sizes = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 48 * 48}}
+    images, processor_class = Qwen2VLImageProcessorPil(**sizes), PROCESSORS[family]
     if importlib.util.find_spec("torchvision") is not None:
         from transformers import Qwen2VLVideoProcessor
 
-        return Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
+        videos = Qwen2VLVideoProcessor(**sizes, cap_pixels_per_frame=False)
+        return processor_class(images, tokenizer, videos, chat_template=TEMPLATE)
     remaining = classmethod(lambda cls: ["image_processor", "tokenizer"])
-    without_videos = type("Qwen2VLProcessor", (Qwen2VLProcessor,), {"get_attributes": remaining})
+    without_videos = type(processor_class.__name__, (processor_class,), {"get_attributes": remaining})
     return without_videos(images, tokenizer, chat_template=TEMPLATE)
 
 
 def make_vision_checkpoint(folder, family="qwen2_5_vl"):
-    processor = make_processor()
+    processor = make_processor(family)
     ids = {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in zip(
         ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), VISION_TOKENS, strict=True
     )}  # fmt: skip

@@ -1,19 +1,35 @@
-"""A family without fast classes, LLaVA: transformers' own forward, with the same loading, adapters and batches."""
+"""LLaVA around two decoders, one with fast classes and one without, which runs transformers' own forward: the same
+loading, adapters and batches."""
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Olmo2Config,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastllm import FastVisionModel
+from fastllm._errors import UnsupportedError
 from fastllm.trainer import UnslothVisionDataCollator
 from tests.models.conftest import make_tokenizer
 
 from .conftest import TEMPLATE, picture, row
 
+DECODERS = {"llama": LlamaConfig, "olmo2": Olmo2Config}
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request):
+    return request.param
+
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory):
+def llava(tmp_path_factory, decoder):
     folder = tmp_path_factory.mktemp("llava")
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -27,7 +43,7 @@ def llava(tmp_path_factory):
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
         projection_dim=32,
     )  # fmt: skip
-    text = LlamaConfig(
+    text = DECODERS[decoder](
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=5, pad_token_id=3,
     )  # fmt: skip
@@ -40,11 +56,12 @@ def llava(tmp_path_factory):
     return str(folder)
 
 
-def test_it_trains_and_the_report_says_how(llava, messages):
+def test_it_trains_and_the_report_says_how(llava, decoder, messages):
     model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
-    assert "no fast classes yet" in messages()
+    assert ("'llava with olmo2' has no fast classes yet" in messages()) == (decoder == "olmo2")
     model = FastVisionModel.get_peft_model(model, r=4)
-    assert "transformers' own forward" in str(model.fast_report())
+    expected = {"llama": "2 of 2 decoder layers fused", "olmo2": "the model runs transformers' own forward"}
+    assert expected[decoder] in str(model.fast_report())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("vision_tower" in name for name in trained) and any("language_model" in name for name in trained)
     assert not any("projector" in name for name in trained)
@@ -76,3 +93,26 @@ def test_answers_do_not_depend_on_the_batch(llava):
         alone = processor(images[index], texts[index], return_tensors="pt")
         one = model.generate(**alone, max_new_tokens=8, min_new_tokens=8, do_sample=False)
         assert torch.equal(one[0, -8:], together[index, -8:])
+
+
+def test_gguf_is_refused_before_anything_is_written(llava, tmp_path):
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    with pytest.raises(UnsupportedError, match=r"'llava' can't be exported to GGUF[\s\S]*gemma3[\s\S]*qwen2_5_vl"):
+        model.export_plan("gguf")
+    with pytest.raises(UnsupportedError, match="can't be exported to GGUF"):
+        model.save_pretrained_gguf(tmp_path / "gguf", processor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_end_to_end(llava, decoder):
+    """With fast classes the rows of a batch may share one; without, that is refused."""
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    rows = [row(0), {"messages": row(1)["messages"][1:]}, row(2, answer="fox")]
+    if decoder == "olmo2":
+        with pytest.raises(UnsupportedError, match="nothing keeps the rows of a batch apart in llava"):
+            UnslothVisionDataCollator(model, processor, padding_free=True)
+        return
+    padded, flat = (UnslothVisionDataCollator(model, processor, padding_free=free)(rows) for free in (False, True))
+    assert flat["position_ids"].shape == flat["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
+    with torch.no_grad():
+        assert float(model(**flat).loss) == pytest.approx(float(model(**padded).loss), rel=1e-6)

@@ -4,7 +4,6 @@ import inspect
 import re
 
 import pytest
-import torch
 from torch import nn
 
 import fastllm
@@ -109,7 +108,7 @@ def test_switches_choose_the_layers(checkpoint, family, asked, in_tower, in_deco
 def test_the_report_says_what_runs_fused(checkpoint):
     model, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
     told = str(FastVisionModel.get_peft_model(model).fast_report())
-    assert "2 of 2 decoder layers fused" in told and "vision tower runs transformers' own forward" in told
+    assert "2 of 2 decoder layers fused" in told and "2 of 2 vision blocks fused" in told
     plain, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, patch=False)
     assert "transformers' own forward" in str(plain.fast_report()) and plain.fast_report().num_fused == 0
 
@@ -166,15 +165,19 @@ def test_a_text_model_takes_the_text_path(tmp_path):
     assert model.fast_report().num_fused == 2 and not hasattr(tokenizer, "image_processor")
 
 
-def test_checkpointing_reaches_every_block(checkpoint):
-    """What is not off recomputes the blocks of tower and decoder; the trainer's own setting can't change it."""
-    model, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
-    blocks = [*model.model.visual.blocks]
+@pytest.mark.parametrize("patch", [True, False])
+def test_checkpointing_reaches_every_block(checkpoint, patch, messages):
+    """What is not off recomputes the blocks of tower and decoder. Fast blocks follow the model's setting and never
+    transformers' own checkpointing, which a trainer switches."""
+    model, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, patch=patch)
+    blocks = [*model.model.visual.blocks, *model.model.language_model.layers]
     model = FastVisionModel.get_peft_model(model, use_gradient_checkpointing="unsloth")
-    assert all(block.gradient_checkpointing for block in blocks)
+    assert [block.gradient_checkpointing for block in blocks] == [not patch] * 4
     model = FastVisionModel.for_training(model, use_gradient_checkpointing=False)
     assert not any(block.gradient_checkpointing for block in blocks)
-    assert torch.is_grad_enabled() and model.training
+    assert model.training
+    model.gradient_checkpointing_enable()
+    assert ("is left to the model's own setting" in messages()) == patch
 
 
 def test_modes_turn_the_padding(checkpoint):

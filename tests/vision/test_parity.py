@@ -1,6 +1,7 @@
 """One training step and a greedy answer of each family, beside plain transformers + PEFT on the same weights."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from fastllm import FastVisionModel
 from fastllm.trainer import UnslothVisionDataCollator
-from tests.models.families import Step, step
+from tests.models.families import Step, float64_twin, step
 
 from .conftest import picture, row
 
@@ -39,10 +40,10 @@ def pair(checkpoint):
     return model, plain, processor
 
 
-def batch_of(model, processor, **settings):
-    two = row(3, answer="fox")
-    two["messages"][0]["content"].append({"type": "image", "image": picture(4, 16, 40)})
-    rows = [row(0), row(1, answer="the quick brown fox jumps over", width=48), two, {"messages": [
+def batch_of(model, processor, *, seed=0, **settings):
+    two = row(seed + 3, answer="fox")
+    two["messages"][0]["content"].append({"type": "image", "image": picture(seed + 4, 16, 40)})
+    rows = [row(seed), row(seed + 1, answer="the quick brown fox jumps over", width=48), two, {"messages": [
         {"role": "user", "content": "why"}, {"role": "assistant", "content": "the dog"}]}]  # fmt: skip
     collate = UnslothVisionDataCollator(model, processor, resize="max", train_on_responses_only=True, **settings)
     return collate(rows)
@@ -58,7 +59,9 @@ def test_a_step_is_no_farther_from_float64_than_transformers(pair, checkpointing
     """Loss, and the gradients of vision and language adapters taken apart."""
     model, plain, processor = pair
     model = FastVisionModel.for_training(model, use_gradient_checkpointing=checkpointing)
-    assert model.fast_report().num_fused == 2
+    report = model.fast_report()
+    assert len(report.layers) == len(report.vision) == 2
+    assert all(layer.path == "fused" for part in (report.layers, report.vision) for layer in part)
     plain.train()
     batch = batch_of(model, processor)
     exact_batch = {n: v.double() if v.is_floating_point() else v for n, v in batch.items()}
@@ -72,6 +75,43 @@ def test_a_step_is_no_farther_from_float64_than_transformers(pair, checkpointing
         assert our_error["whole"] <= max(1.25 * their_error["whole"], BACKSTOP), part
         assert our_error["worst"] <= max(2 * their_error["worst"], BACKSTOP), part
         assert our_error["loss"] <= max(1.1 * their_error["loss"], FP32_ULP)
+
+
+def root_mean_square(values):
+    return math.sqrt(sum(value**2 for value in values) / len(values))
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_bf16_step_is_no_farther_from_float64_than_transformers(checkpoint, load_in_4bit):
+    """Adapters on the tower, which stays in 16 bits, and on a decoder of 4 or 16; under autocast, as trainers step."""
+    found = []
+    for patch in (True, False):
+        model, processor = FastVisionModel.from_pretrained(
+            checkpoint, load_in_4bit=load_in_4bit, dtype=torch.bfloat16, patch=patch
+        )
+        model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=6, use_gradient_checkpointing=False)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        found.append(model)
+    model, plain = found
+    report = model.fast_report()
+    assert len(report.vision) == 2 and all(layer.path == "fused" for layer in report.layers + report.vision)
+    twin = float64_twin(plain, AutoModelForImageTextToText)
+    errors = {"visual": ([], []), "language_model": ([], [])}
+    for seed in range(4):
+        batch = batch_of(model, processor, seed=seed)
+        exact = step(twin, {n: v.double() if v.is_floating_point() else v for n, v in batch.items()})
+        steps = [step(each, batch, autocast=torch.bfloat16) for each in (model, plain)]
+        assert steps[0].grads.keys() == steps[1].grads.keys() == exact.grads.keys()
+        for part, sides in errors.items():
+            for side, each in zip(sides, steps, strict=True):
+                side.append(part_of(each, part).distance(part_of(exact, part)))
+    for part, (ours, theirs) in errors.items():
+        for name, factor in {"whole": 1.1, "median": 1.1, "worst": 2.0}.items():
+            error, limit = (root_mean_square([distance[name] for distance in side]) for side in (ours, theirs))
+            assert error <= factor * limit, (part, name)
 
 
 def test_greedy_answers_are_those_of_transformers(pair):

@@ -5,7 +5,6 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from fastllm import FastVisionModel
-from fastllm._errors import UnsupportedError
 
 from .conftest import picture
 
@@ -50,10 +49,3 @@ def test_merged_4bit(trained, tmp_path):
     assert packed and all(name.startswith("model.language_model.") for name in packed), packed
     expected = logits(model, processor)
     assert (logits(again.eval(), processor) - expected).norm() < 0.2 * expected.norm()
-
-
-def test_gguf_is_refused_before_anything_is_written(trained, tmp_path):
-    model, processor = trained
-    with pytest.raises(UnsupportedError, match="can't be exported to GGUF"):
-        model.save_pretrained_gguf(tmp_path / "gguf", processor)
-    assert not list(tmp_path.iterdir())

@@ -10,12 +10,28 @@ from .base import Architecture, Layout, ModelConfig, Target
 from .gemma import GEMMA, GEMMA2, GEMMA3
 from .llama import LLAMA
 from .phi3 import PHI3
-from .qwen import QWEN2, QWEN3, QWEN3MOE
+from .projectors import Projector, VisionConfig, normalization, projector_of, tell_sizes
+from .qwen import QWEN2, QWEN2VL, QWEN3, QWEN3MOE, QWEN3VL
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, QWEN2, QWEN3, QWEN3MOE, GEMMA, GEMMA2, GEMMA3, PHI3)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    LLAMA, QWEN2, QWEN2VL, QWEN3, QWEN3MOE, QWEN3VL, GEMMA, GEMMA2, GEMMA3, PHI3,
+)  # fmt: skip
 _BY_MODEL_TYPE = {model_type: entry for entry in ARCHITECTURES for model_type in entry.model_types}
 
-__all__ = ["ARCHITECTURES", "Architecture", "Layout", "ModelConfig", "Target", "architecture_of", "gguf_names"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Layout",
+    "ModelConfig",
+    "Projector",
+    "Target",
+    "VisionConfig",
+    "architecture_of",
+    "gguf_names",
+    "normalization",
+    "projector_of",
+    "tell_sizes",
+]
 
 
 def architecture_of(raw_config: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:

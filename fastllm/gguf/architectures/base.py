@@ -22,7 +22,13 @@ class ModelConfig:
     """A `config.json`, or the text part of one, whose values are checked as they are read."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), Mapping) else dict(raw)
+        text = raw.get("text_config")
+        self.raw = dict(raw)
+        if isinstance(text, Mapping):
+            tied = [part.get("tie_word_embeddings") for part in (raw, text)]
+            self.raw |= text
+            if True in tied:  # transformers ties them where either part says so
+                self.raw["tie_word_embeddings"] = True
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value, and `default` where it is absent or null."""
@@ -101,6 +107,11 @@ class Target:
 
 def unchanged(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def plus_one(tensor: torch.Tensor) -> torch.Tensor:
+    """For norms that transformers stores less one."""
+    return tensor.float() + 1
 
 
 @dataclass(slots=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from ..._errors import UnsupportedError
 from ..container import Value
 from .base import (
@@ -22,6 +20,7 @@ from .base import (
     add_norms,
     common_metadata,
     finite,
+    plus_one,
 )
 from .rope import rope_metadata, rope_parameters
 
@@ -33,10 +32,6 @@ _NORMS_AROUND = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
-
-
-def _plus_one(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() + 1
 
 
 def _check(config: ModelConfig) -> None:
@@ -100,11 +95,11 @@ def _metadata_gemma3(config: ModelConfig) -> dict[str, Value]:
 
 def _layout(config: ModelConfig, norms: dict[str, str], has_qk_norm: bool = False) -> Layout:
     layout = Layout()
-    add_ends(layout, config, tied=True, norm_change=_plus_one)
+    add_ends(layout, config, tied=True, norm_change=plus_one)
     for layer in range(config.num_layers):
-        add_norms(layout, layer, config.width, norms, _plus_one)
+        add_norms(layout, layer, config.width, norms, plus_one)
         if has_qk_norm:
-            add_norms(layout, layer, config.head_dim, QK_NORMS, _plus_one)
+            add_norms(layout, layer, config.head_dim, QK_NORMS, plus_one)
         add_attention(layout, config, layer)
         add_mlp(layout, config, layer)
     return layout

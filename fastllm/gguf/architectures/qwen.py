@@ -1,7 +1,8 @@
-"""Qwen2 and 2.5, Qwen3, and Qwen3 with experts."""
+"""Qwen2 and 2.5, Qwen3, Qwen3 with experts, and the language models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
 from __future__ import annotations
 
+from ..._errors import ModelError, UnsupportedError
 from ..._notices import notice
 from ..container import Value
 from .base import (
@@ -16,7 +17,7 @@ from .base import (
     add_norms,
     common_metadata,
 )
-from .rope import rope_metadata
+from .rope import rope_metadata, rope_parameters
 
 
 def _check(config: ModelConfig) -> None:
@@ -43,8 +44,43 @@ def _check_qwen3moe(config: ModelConfig) -> None:
     config.require("mlp_only_layers", [], "llama.cpp has experts in every layer", default=[])
 
 
+def _check_mrope(config: ModelConfig, *, interleaved: bool) -> None:
+    """Three positions a token: llama.cpp knows by the architecture how frequencies are shared among them."""
+    parameters = rope_parameters(config)
+    if bool(parameters.get("mrope_interleaved", interleaved)) != interleaved:
+        raise UnsupportedError(
+            f"mrope_interleaved={parameters['mrope_interleaved']}: llama.cpp has it the other way there",
+            where=f"GGUF export of {config.model_type}",
+        )
+    sections = parameters.get("mrope_section")
+    if not isinstance(sections, list | tuple) or len(sections) != 3:
+        raise ModelError(f"mrope_section is {sections!r}, not three numbers", where="config.json")
+
+
+def _check_qwen2vl(config: ModelConfig) -> None:
+    _check_qwen2(config)
+    _check_mrope(config, interleaved=False)
+
+
+def _check_qwen3vl(config: ModelConfig) -> None:
+    _check_qwen3(config)
+    _check_mrope(config, interleaved=True)
+
+
 def _metadata(name: str, config: ModelConfig) -> dict[str, Value]:
     return common_metadata(name, config) | rope_metadata(name, config)
+
+
+def _metadata_mrope(name: str, config: ModelConfig) -> dict[str, Value]:
+    sections = [int(size) for size in rope_parameters(config)["mrope_section"]]
+    return _metadata(name, config) | {f"{name}.rope.dimension_sections": [*sections, 0]}
+
+
+def _metadata_qwen3vl(config: ModelConfig) -> dict[str, Value]:
+    vision = config.get("vision_config", {})
+    return _metadata_mrope("qwen3vl", config) | {
+        "qwen3vl.n_deepstack_layers": len(vision.get("deepstack_visual_indexes", ()))
+    }
 
 
 def _metadata_qwen3moe(config: ModelConfig) -> dict[str, Value]:
@@ -96,3 +132,11 @@ def _add_moe(layout: Layout, config: ModelConfig, layer: int) -> None:
 QWEN2 = Architecture("qwen2", ("qwen2",), _check_qwen2, lambda config: _metadata("qwen2", config), _layout_qwen2)
 QWEN3 = Architecture("qwen3", ("qwen3",), _check_qwen3, lambda config: _metadata("qwen3", config), _layout_qwen3)
 QWEN3MOE = Architecture("qwen3moe", ("qwen3_moe",), _check_qwen3moe, _metadata_qwen3moe, _layout_qwen3)
+QWEN2VL = Architecture(
+    "qwen2vl",
+    ("qwen2_vl", "qwen2_5_vl"),
+    _check_qwen2vl,
+    lambda config: _metadata_mrope("qwen2vl", config),
+    _layout_qwen2,
+)
+QWEN3VL = Architecture("qwen3vl", ("qwen3_vl",), _check_qwen3vl, _metadata_qwen3vl, _layout_qwen3)

@@ -52,7 +52,7 @@ def rope_metadata(name: str, config: ModelConfig) -> dict[str, Value]:
             "scaling.original_context_length": _original_context(config, parameters),
             "scaling.attn_factor": _longrope_attention_factor(config, parameters),
         }
-    elif kind not in ("default", "llama3"):  # llama3 is in the factor tensor alone
+    elif kind not in ("default", "mrope", "llama3"):  # llama3 is in the factor tensor alone
         raise UnsupportedError(f"llama.cpp has no rope_type {kind!r}", where="config.json")
     return {f"{name}.rope.{key}": value for key, value in keys.items()}
 

@@ -2,7 +2,6 @@
 
 from transformers.models.llama import modeling_llama
 
-from ..arch import Arch
-from ..blocks import decoder_classes
+from ..blocks import causal_lm_arch
 
-ARCH = Arch(model_type="llama", classes=decoder_classes(modeling_llama, "Llama"))
+ARCH = causal_lm_arch("llama", modeling_llama, "Llama")

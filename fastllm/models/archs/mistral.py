@@ -2,7 +2,6 @@
 
 from transformers.models.mistral import modeling_mistral
 
-from ..arch import Arch
-from ..blocks import decoder_classes
+from ..blocks import causal_lm_arch
 
-ARCH = Arch(model_type="mistral", classes=decoder_classes(modeling_mistral, "Mistral"))
+ARCH = causal_lm_arch("mistral", modeling_mistral, "Mistral")

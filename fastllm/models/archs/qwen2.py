@@ -2,7 +2,6 @@
 
 from transformers.models.qwen2 import modeling_qwen2
 
-from ..arch import Arch
-from ..blocks import decoder_classes
+from ..blocks import causal_lm_arch
 
-ARCH = Arch(model_type="qwen2", classes=decoder_classes(modeling_qwen2, "Qwen2"))
+ARCH = causal_lm_arch("qwen2", modeling_qwen2, "Qwen2")

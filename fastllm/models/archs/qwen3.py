@@ -2,7 +2,6 @@
 
 from transformers.models.qwen3 import modeling_qwen3
 
-from ..arch import Arch
-from ..blocks import decoder_classes
+from ..blocks import causal_lm_arch
 
-ARCH = Arch(model_type="qwen3", classes=decoder_classes(modeling_qwen3, "Qwen3"))
+ARCH = causal_lm_arch("qwen3", modeling_qwen3, "Qwen3")

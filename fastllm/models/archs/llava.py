@@ -1,0 +1,13 @@
+"""LLaVA 1.5 and Pixtral 12B, which are one class in transformers: a vision tower before any known language decoder.
+
+The vision tower runs transformers' own forward.
+"""
+
+from transformers.models.llava import modeling_llava
+
+from ..row_positions import text_positions
+from ..vision_language import vision_language_arch
+
+ARCH = vision_language_arch(
+    "llava", modeling_llava.LlavaForConditionalGeneration, row_positions=lambda model: text_positions
+)

@@ -1,0 +1,50 @@
+"""What vision-language families share: a known language decoder under a head whose loss takes images along."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from .._compat import composes_angles
+from .arch import Arch
+from .blocks import decoder_classes, model_class
+from .row_positions import MultimodalPositions
+from .vision_tower import vision_classes
+
+
+def vision_language_arch(
+    model_type: str,
+    original: Any,
+    decoder: Mapping[type, type] | None = None,
+    row_positions: Callable[[Any], Any] | None = None,
+) -> Arch:
+    """The record of `original`, e.g. `LlavaForConditionalGeneration`. Without `decoder`: around any known decoder.
+
+    `row_positions` of a model counts the positions of rows that are laid end to end, for a collator; None for a family
+    whose rows could not be kept apart.
+    """
+    model = model_class(original)
+    fast: Any = model[original]
+    # generate() reads from the signature which inputs the model takes.
+    fast.forward = functools.wraps(original.forward)(fast.forward)
+    # The fused loss divides by the tokens of the whole optimiser batch; transformers' is left to average.
+    fast.accepts_loss_kwargs = True
+    fast.row_positions = None if row_positions is None else property(row_positions)
+    return Arch(model_type, model, decoder, layers="model.language_model.layers")
+
+
+def qwen_vl_arch(
+    model_type: str, module: Any, prefix: str, *, text_prefix: str, names: Mapping[str, str] = {}
+) -> Arch | None:
+    """The record of a Qwen-VL family, whose tokens have three positions each, or None where its layers would have to
+    compose the rotary angles themselves."""
+    if not composes_angles(getattr(module, f"{text_prefix}RotaryEmbedding")):
+        return None
+    decoder = decoder_classes(module, text_prefix, names=names)
+    original = getattr(module, f"{prefix}ForConditionalGeneration")
+    arch = vision_language_arch(
+        model_type, original, decoder, lambda model: MultimodalPositions(type(model.model), model.config)
+    )
+    return replace(arch, vision=vision_classes(module, f"{prefix}VisionBlock"), vision_blocks="model.visual.blocks")
