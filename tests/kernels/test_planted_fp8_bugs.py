@@ -1,0 +1,63 @@
+"""What the tests of FP8 products and kept weights notice: bugs planted in them, as in `test_planted_bugs.py`."""
+
+import pytest
+
+from ..planting import Bug
+from .test_fp8 import check_factors, check_products, check_quantize, check_transposed
+from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
+from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
+
+KEPT_WEIGHTS = {
+    "writes_go_unnoticed": Bug(
+        "(tensor.data_ptr(), tensor._version)", "tensor.data_ptr()",
+        checks(check_follows, rewritten("packed"), on="reference"),
+    ),
+    "exchange_goes_unnoticed": Bug(
+        "(tensor.data_ptr(), tensor._version)", "tensor._version",
+        checks(check_follows, replaced("packed"), on="reference"),
+    ),
+    "statistics_go_unnoticed": Bug(
+        "weight.packed, weight.absmax, weight.code,", "weight.packed, weight.code,",
+        checks(check_follows, replaced("absmax"), on="reference"),
+    ),
+    "nested_statistics_go_unnoticed": Bug(
+        "weight.nested_absmax, weight.nested_code,", "weight.nested_code,",
+        checks(check_follows, rewritten("nested_absmax"), on="reference"),
+    ),
+    "other_dtype_goes_unnoticed": Bug(
+        "return layout, tensors, numbers", "return layout[:-1], tensors, numbers", checks(check_dtypes, on="reference")
+    ),
+}  # fmt: skip
+
+FP8 = {
+    "largest_does_not_fit": Bug(
+        "(largest >> 23) - 8 + tl.where", "(largest >> 23) - 9 + tl.where", checks(check_quantize)
+    ),
+    "half_a_range_wasted": Bug("(largest & 0x7FFFFF) > 0x600000", "(largest & 0x7FFFFF) > 0", checks(check_quantize)),
+    "ties_rounded_up": Bug("0x7FFFF + ((magnitude >> 20) & 1)", "0x80000", checks(check_quantize)),
+    "sign_lost": Bug("tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign",
+                     "tl.where(magnitude < (127 - 6) << 23, steps, normal)", checks(check_quantize)),
+    "small_values_lost": Bug("magnitude < (127 - 6) << 23, steps,", "magnitude < (127 - 6) << 23, 0,",
+                             checks(check_quantize)),
+    "zero_rows_scaled_by_zero": Bug("tl.where(largest == 0, 127, tl.maximum(exponent, 1))", "tl.maximum(exponent, 1)",
+                                    checks(check_quantize)),
+    "factors_ignored": Bug("HAS_FACTORS=factors is not None", "HAS_FACTORS=False", checks(check_factors)),
+    "factors_ignored_in_the_reference": Bug("x.float() * factors", "x.float()", checks(check_factors, on="reference")),
+    "weight_scales_not_in_the_gradient": Bug("quantize_rows(dy, factors=weight.scales)", "quantize_rows(dy)",
+                                             checks(check_products, on="reference")),
+    "weight_scales_twice_in_the_gradient": Bug(
+        "Fp8Matrix(transposed_values(weight), ones)", "Fp8Matrix(transposed_values(weight), ones * weight.scales[0])",
+        checks(check_products, on="reference"),
+    ),
+    "scales_of_the_input_ignored": Bug("left.dequantized(wide) @", "left.values.to(wide) @",
+                                       checks(check_products, on="reference")),
+    "tiles_not_transposed": Bug("tl.trans(tile)", "tile", checks(check_transposed, 64, 64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "bug"), [
+    pytest.param(module, bug, id=f"{module}-{name}")
+    for module, bugs in {"kept_weights": KEPT_WEIGHTS, "fp8": FP8}.items() for name, bug in bugs.items()
+])  # fmt: skip
+def test_planted_bug_is_noticed(module, bug, device, monkeypatch, tmp_path):
+    check_noticed(module, bug, device, monkeypatch, tmp_path)
