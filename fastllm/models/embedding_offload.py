@@ -44,8 +44,9 @@ def is_offloaded(embedding: nn.Module) -> bool:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model computes: the device of its first parameter that is not an offloaded embedding's."""
-    offloaded = {id(p) for module in model.modules() if is_offloaded(module) for p in module.parameters()}
-    return next(p.device for p in model.parameters() if id(p) not in offloaded)
+    embedding = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    offloaded = embedding.weight if is_offloaded(embedding) else None
+    return next(p.device for p in model.parameters() if p is not offloaded)
 
 
 def _reason_to_stay(model: Any, embedding: Any) -> str | None:
