@@ -21,6 +21,13 @@ def attentions_are_collected() -> bool:
     return collected is not None and "attentions" in collected
 
 
+def collects_outputs() -> bool:
+    """Whether the present forward was asked for what its layers give (`output_hidden_states=True`)."""
+    from transformers.utils import output_capturing
+
+    return bool(output_capturing._active_collector.get())
+
+
 def has_foreign_hooks(module: Any) -> bool:
     """Whether somebody's forward hook or instance-level forward would be skipped by not calling `module`.
 

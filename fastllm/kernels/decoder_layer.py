@@ -15,7 +15,7 @@ Source: Touvron et al., "LLaMA", arXiv 2302.13971, section 2.2; norms of query a
 outputs: Gemma Team, "Gemma 2", arXiv 2408.00118, section 2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,55 +77,104 @@ def decoder_layer(x: torch.Tensor, layer: DecoderLayer, call: LayerCall) -> torc
     return _DecoderLayer.apply(x, layer, call, *layer.parameters())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderPass:
+    """The layer outside autograd, in one compute dtype and without random numbers, as recorded_pass.py wants it."""
+
+    layer: DecoderLayer
+    dtype: torch.dtype
+
+    def forward(self, x: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, _Activations | None, str]:
+        return _forward_pass(self.layer, call, x, self.dtype, keep_all=call.keep is Keep.ALL)
+
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor, call: LayerCall, kept: _Activations | None, backend: str,
+        needs: Sequence[bool],
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
+        return _backward_pass(self.layer, call, dy, lambda: x, self.dtype, kept, backend, needs, rng=None)
+
+
+def is_random(layer: DecoderLayer) -> bool:
+    """Whether the layer's adapters draw random numbers."""
+    return any(group.has_dropout for group in layer.groups())
+
+
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, call, *parameters):
         ctx.layer, ctx.call, ctx.dtype = layer, call, compute_dtype(x, layer.qkv.dtype)
         needs_backward = any(ctx.needs_input_grad)
         keep_all = needs_backward and call.keep is Keep.ALL
-        ctx.rng = random_state(x.device) if needs_backward and not keep_all and _is_random(layer, call) else None
+        draws = call.attention.dropout > 0 or is_random(layer)
+        ctx.rng = random_state(x.device) if needs_backward and not keep_all and draws else None
         with no_autocast(x.device.type):
-            weights = _Weights(layer, ctx.dtype, call.kept_weights, shared=False)
-            state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=keep_all)
-            y = _mlp_output(layer, weights, state, keep=keep_all).add_(state.middle).view(x.shape)
-        ctx.kept, ctx.fetch, ctx.backend = state if keep_all else None, None, state.attention.backend
+            y, ctx.kept, ctx.backend = _forward_pass(layer, call, x, ctx.dtype, keep_all=keep_all)
+        ctx.fetch = None
         if needs_backward and call.keep is Keep.OFFLOADED_INPUT:
             assert call.offload is not None
             ctx.fetch = call.offload(x)
             ctx.save_for_backward(*parameters)
         else:
             ctx.save_for_backward(*parameters, x)
-        ctx.shape = x.shape
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        layer, call, saved = ctx.layer, ctx.call, ctx.saved_tensors
-        state, fetch = ctx.kept, ctx.fetch
+        saved, fetch, kept = ctx.saved_tensors, ctx.fetch, ctx.kept
         ctx.kept = ctx.fetch = None
-        if state is None and fetch is None and call.keep is not Keep.INPUT:
+        if kept is None and fetch is None and ctx.call.keep is not Keep.INPUT:
             raise RuntimeError(
                 "the activations of this decoder layer were freed by an earlier backward; fastllm's fused layers do "
                 "not support retain_graph or double backward: load the model with patch=False for those"
             )
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         with no_autocast(dy.device.type):
-            weights = _Weights(layer, ctx.dtype, call.kept_weights, shared=state is None)
-            is_fresh = state is None
-            if state is None:
-                x = fetch() if fetch is not None else saved[-1]
-                with replayed(ctx.rng, x.device):
-                    state = _activations(layer, call, weights, x, ctx.dtype, needs_backward=True, backend=ctx.backend)
-                    # Down's masks come after every other random number of the layer.
-                    if layer.mlp_out_norm is not None:
-                        _mlp_output(layer, weights, state, keep=True)
-                    else:
-                        gate, _ = _gate_and_up(layer, state.gate_up)
-                        state.down_masks = dropout_masks(layer.down, gate)
-            dx, grads = _backward(
-                layer, call, weights, state, rows_of(dy), ctx.needs_input_grad[3:], ctx.dtype,
-                needs_dx=ctx.needs_input_grad[0], overwrite=is_fresh,
-            )  # fmt: skip
-        return None if dx is None else dx.view(ctx.shape), None, None, *grads
+            dx, grads = _backward_pass(
+                ctx.layer, ctx.call, dy, fetch or (lambda: saved[-1]), ctx.dtype, kept, ctx.backend, needs, rng=ctx.rng
+            )
+        return dx, None, None, *grads
+
+
+def _forward_pass(
+    layer: DecoderLayer, call: LayerCall, x: torch.Tensor, dtype: torch.dtype, *, keep_all: bool
+) -> tuple[torch.Tensor, _Activations | None, str]:
+    """(y, what a backward reads where it is kept, the attention kernel)"""
+    weights = _Weights(layer, dtype, call.kept_weights, shared=False)
+    state = _activations(layer, call, weights, x, dtype, needs_backward=keep_all)
+    y = _mlp_output(layer, weights, state, keep=keep_all).add_(state.middle).view(x.shape)
+    return y, state if keep_all else None, state.attention.backend
+
+
+def _backward_pass(
+    layer: DecoderLayer,
+    call: LayerCall,
+    dy: torch.Tensor,
+    fetch: Callable[[], torch.Tensor],
+    dtype: torch.dtype,
+    state: _Activations | None,
+    backend: str,
+    needs: Sequence[bool],
+    *,
+    rng: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Gradients of x and of `layer.parameters()`, where `needs` asks for them. Without `state` the forward from
+    `fetch()`, its input, runs again: with the same attention kernel and random numbers."""
+    weights = _Weights(layer, dtype, call.kept_weights, shared=state is None)
+    is_fresh = state is None
+    if state is None:
+        x = fetch()
+        with replayed(rng, x.device):
+            state = _activations(layer, call, weights, x, dtype, needs_backward=True, backend=backend)
+            # Down's masks come after every other random number of the layer.
+            if layer.mlp_out_norm is not None:
+                _mlp_output(layer, weights, state, keep=True)
+            else:
+                gate, _ = _gate_and_up(layer, state.gate_up)
+                state.down_masks = dropout_masks(layer.down, gate)
+    dx, grads = _backward(
+        layer, call, weights, state, rows_of(dy), tuple(needs[1:]), dtype, needs_dx=needs[0], overwrite=is_fresh
+    )
+    return None if dx is None else dx.view(dy.shape), grads
 
 
 class _Weights:
@@ -431,7 +480,3 @@ def _empty_rows(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _is_random(layer: DecoderLayer, call: LayerCall) -> bool:
-    return call.attention.dropout > 0 or any(group.has_dropout for group in layer.groups())

@@ -152,44 +152,92 @@ def vision_block_reference(x: torch.Tensor, block: VisionBlock, call: BlockCall)
     return (middle + group(hidden, block.down)).view(x.shape)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockPass:
+    """The block outside autograd, in one compute dtype and without random numbers, as recorded_pass.py wants it."""
+
+    block: VisionBlock
+    dtype: torch.dtype
+
+    def forward(self, x: torch.Tensor, call: BlockCall) -> tuple[torch.Tensor, _Activations | None, str]:
+        return _forward_pass(self.block, call, x, self.dtype, keep_all=not call.recompute)
+
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor, call: BlockCall, kept: _Activations | None, backend: str,
+        needs: Sequence[bool],
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
+        return _backward_pass(self.block, call, dy, x, self.dtype, kept, backend, needs, rng=None)
+
+
+def is_random(block: VisionBlock) -> bool:
+    """Whether the block's adapters draw random numbers."""
+    return any(group.has_dropout for group in block.groups())
+
+
 class _VisionBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, block, call, *parameters):
         ctx.block, ctx.call, ctx.dtype = block, call, compute_dtype(x, block.qkv.dtype)
         needs_backward = any(ctx.needs_input_grad)
         keep_all = needs_backward and not call.recompute
-        ctx.rng = random_state(x.device) if needs_backward and call.recompute and _is_random(block, call) else None
+        draws = call.attention.dropout > 0 or is_random(block)
+        ctx.rng = random_state(x.device) if needs_backward and call.recompute and draws else None
         with no_autocast(x.device.type):
-            weights = _Weights(block, ctx.dtype, shared=False)
-            state = _activations(block, call, weights, x, ctx.dtype, needs_backward=keep_all)
-            y = _finish(block, weights, state, keep=keep_all).view(x.shape)
-        ctx.kept, ctx.backend = state if keep_all else None, state.attention.backend
+            y, ctx.kept, ctx.backend = _forward_pass(block, call, x, ctx.dtype, keep_all=keep_all)
         ctx.save_for_backward(*parameters, x)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        block, call, x = ctx.block, ctx.call, ctx.saved_tensors[-1]
-        state, ctx.kept = ctx.kept, None
-        if state is None and not call.recompute:
+        x, kept = ctx.saved_tensors[-1], ctx.kept
+        ctx.kept = None
+        if kept is None and not ctx.call.recompute:
             raise RuntimeError(
                 "the activations of this vision block were freed by an earlier backward; fastllm's fused blocks do not "
                 "support retain_graph or double backward: load the model with patch=False for those"
             )
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         with no_autocast(dy.device.type):
-            is_fresh = state is None
-            weights = _Weights(block, ctx.dtype, shared=is_fresh)
-            if state is None:
-                with replayed(ctx.rng, x.device):
-                    state = _activations(block, call, weights, x, ctx.dtype, needs_backward=True, backend=ctx.backend)
-                    # Down's masks come after every other random number of the block.
-                    assert state.up is not None
-                    state.down_masks = dropout_masks(block.down, state.up[:, : block.down.in_features])
-            dx, grads = _backward(
-                block, call, weights, state, rows_of(dy), ctx.needs_input_grad[3:], ctx.dtype,
-                needs_dx=ctx.needs_input_grad[0], overwrite=is_fresh,
-            )  # fmt: skip
-        return None if dx is None else dx.view(x.shape), None, None, *grads
+            dx, grads = _backward_pass(ctx.block, ctx.call, dy, x, ctx.dtype, kept, ctx.backend, needs, rng=ctx.rng)
+        return dx, None, None, *grads
+
+
+def _forward_pass(
+    block: VisionBlock, call: BlockCall, x: torch.Tensor, dtype: torch.dtype, *, keep_all: bool
+) -> tuple[torch.Tensor, _Activations | None, str]:
+    """(y, what a backward reads where it is kept, the attention kernel)"""
+    weights = _Weights(block, dtype, shared=False)
+    state = _activations(block, call, weights, x, dtype, needs_backward=keep_all)
+    y = _finish(block, weights, state, keep=keep_all).view(x.shape)
+    return y, state if keep_all else None, state.attention.backend
+
+
+def _backward_pass(
+    block: VisionBlock,
+    call: BlockCall,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    state: _Activations | None,
+    backend: str,
+    needs: Sequence[bool],
+    *,
+    rng: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Gradients of x and of `block.parameters()`, where `needs` asks for them. Without `state` the forward from x runs
+    again: with the same attention kernel and random numbers."""
+    weights = _Weights(block, dtype, shared=state is None)
+    is_fresh = state is None
+    if state is None:
+        with replayed(rng, x.device):
+            state = _activations(block, call, weights, x, dtype, needs_backward=True, backend=backend)
+            # Down's masks come after every other random number of the block.
+            assert state.up is not None
+            state.down_masks = dropout_masks(block.down, state.up[:, : block.down.in_features])
+    dx, grads = _backward(
+        block, call, weights, state, rows_of(dy), tuple(needs[1:]), dtype, needs_dx=needs[0], overwrite=is_fresh
+    )
+    return None if dx is None else dx.view(x.shape), grads
 
 
 class _Weights:
@@ -440,7 +488,3 @@ def _detached_copy(view: torch.Tensor | None, wanted: bool) -> torch.Tensor | No
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _is_random(block: VisionBlock, call: BlockCall) -> bool:
-    return call.attention.dropout > 0 or any(group.has_dropout for group in block.groups())

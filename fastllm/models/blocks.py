@@ -18,9 +18,10 @@ from transformers.utils import can_return_tuple
 from .._compat import attentions_are_collected, default_causal_lm_loss, has_foreign_hooks
 from .._notices import notice
 from ..kernels.attention import AttentionCase, attention
-from ..kernels.decoder_layer import decoder_layer
+from ..kernels.decoder_layer import DecoderPass, decoder_layer, is_random
+from ..kernels.dispatch import compute_dtype
 from ..kernels.glu import glu
-from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm, qkv_widths
+from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, qkv_widths
 from ..kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LabelCount,
@@ -33,8 +34,8 @@ from ..kernels.lora import ProjectionGroup, project_group
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from .arch import Arch
+from .fused_parts import ACTIVATIONS, activation_name, attention_groups, eps_of, fused_layer, head_group, mlp_groups
 from .logits import LazyLogits
-from .lora_view import group_of
 from .memory import ActivationPlanner
 from .mixed_precision import WIDENS, mixed_precision
 from .model_methods import PLANNER, ModelMethods
@@ -42,15 +43,6 @@ from .packed_rows import keep_documents_apart, mask_of_documents, window_of
 
 Forward = Callable[..., Any]
 
-# config.hidden_act -> name in fastllm.kernels.activation
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
 # What transformers passes down to attention functions and fastllm's own dispatch serves or may ignore.
 _IGNORABLE = frozenset(
     {
@@ -64,7 +56,7 @@ def norm_forward(*, offset: float = 0.0) -> Forward:
     """RMSNorm. With `offset` 1 the weight is stored as its distance from one (Gemma)."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, _eps(self), offset=offset)
+        return rms_norm(hidden_states, self.weight, eps_of(self), offset=offset)
 
     return forward
 
@@ -78,7 +70,7 @@ def mlp_forward(otherwise: Forward) -> Forward:
             return otherwise(self, x)
         gate_up, down = groups
         gate, up = project_group(x, gate_up).chunk(2, dim=-1)
-        return project_group(glu(gate, up, ACTIVATIONS[_activation_name(self)]), down)
+        return project_group(glu(gate, up, ACTIVATIONS[activation_name(self)]), down)
 
     return forward
 
@@ -157,12 +149,20 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
         cos, sin = position_embeddings
         kwargs["position_ids"] = position_ids  # flash-attn keeps documents apart by them
         case = attention_case(self.self_attn, hidden_states, attention_mask, kwargs)
-        keep, kept_weights = Keep.ALL, None
-        if torch.is_grad_enabled():
-            keep = planner.keep(self.self_attn.layer_idx, hidden_states, layer)
-            kept_weights = planner.kept_weights(self.self_attn.layer_idx, hidden_states)
+        if not torch.is_grad_enabled():
+            return decoder_layer(hidden_states, layer, LayerCall(cos, sin, case))
+        index = self.self_attn.layer_idx
+        keep = planner.keep(index, hidden_states, layer)
+        kept_weights = planner.kept_weights(index, hidden_states)
         call = LayerCall(cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights)
-        return decoder_layer(hidden_states, layer, call)
+        recorded = None
+        if keep is not Keep.OFFLOADED_INPUT and not is_random(layer) and not has_foreign_hooks(self):
+            dtype = compute_dtype(hidden_states, layer.qkv.dtype)
+            recorded = planner.recordings.find(
+                "decoder", index, hidden_states, call, layer, lambda: DecoderPass(layer, dtype),
+                conditions=(dtype, keep, kept_weights),
+            )  # fmt: skip
+        return decoder_layer(hidden_states, layer, call) if recorded is None else recorded()
 
     return forward
 
@@ -278,81 +278,6 @@ def causal_lm_arch(
     return Arch(model_type, model_class(getattr(module, f"{prefix}ForCausalLM")), decoder)
 
 
-def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
-    """(gate and up, down), or why they can't be fused."""
-    if _activation(mlp) is None:
-        return f"its activation is {_activation_name(mlp)!r}"
-    names = ("gate_up_proj",) if "gate_up_proj" in mlp._modules else ("gate_proj", "up_proj")
-    gate_up = group_of(mlp, "gate_up", [mlp._modules[name] for name in names])
-    if isinstance(gate_up, str):
-        return f"{' or '.join(names)}: {gate_up}"
-    down = group_of(mlp, "down", (mlp.down_proj,))
-    return f"down_proj: {down}" if isinstance(down, str) else (gate_up, down)
-
-
-def attention_groups(attention_module: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
-    """(q, k and v; o), or why they can't be fused."""
-    module = attention_module
-    if not getattr(module, "is_causal", True):
-        return "its attention sees later tokens"
-    names = ("qkv_proj",) if "qkv_proj" in module._modules else ("q_proj", "k_proj", "v_proj")
-    qkv = group_of(module, "qkv", [module._modules[name] for name in names])
-    if isinstance(qkv, str):
-        return f"{' or '.join(names)}: {qkv}"
-    output = group_of(module, "output", (module.o_proj,))
-    return f"o_proj: {output}" if isinstance(output, str) else (qkv, output)
-
-
-def fused_layer(layer: Any) -> DecoderLayer | str:
-    """The decoder layer as tensors and numbers, or why it can't run as one node."""
-    if "self_attn" not in layer._modules:
-        return "their attention is cross-attention"
-    attention_module, mlp = layer.self_attn, layer.mlp
-    for name, module in layer._modules.items():
-        if has_foreign_hooks(module):
-            return f"a forward hook is registered on {name}"
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            return f"{name} is {module.p}"
-    attention_part = attention_groups(attention_module)
-    if isinstance(attention_part, str):
-        return attention_part
-    mlp_part = mlp_groups(mlp)
-    if isinstance(mlp_part, str):
-        return mlp_part
-    heads, norms = attention_module._modules, layer._modules
-    activation = _activation(mlp)
-    assert activation is not None
-    # Gemma 2 and 3 call the norm before the MLP so, and have one after each half besides.
-    norms_outputs = "pre_feedforward_layernorm" in norms
-    return DecoderLayer(
-        input_norm=_norm(layer.input_layernorm),
-        qkv=attention_part[0],
-        output=attention_part[1],
-        post_norm=_norm(norms["pre_feedforward_layernorm" if norms_outputs else "post_attention_layernorm"]),
-        gate_up=mlp_part[0],
-        down=mlp_part[1],
-        activation=activation,
-        head_dim=attention_module.head_dim,
-        query_norm=_norm(heads["q_norm"]) if "q_norm" in heads else None,
-        key_norm=_norm(heads["k_norm"]) if "k_norm" in heads else None,
-        attention_out_norm=_norm(norms["post_attention_layernorm"]) if norms_outputs else None,
-        mlp_out_norm=_norm(norms["post_feedforward_layernorm"]) if norms_outputs else None,
-    )
-
-
-def head_group(model: Any) -> ProjectionGroup | str:
-    """The language-model head, or why it can't be fused. `modules_to_save` gives its trained copy."""
-    head = model.lm_head
-    saved = getattr(head, "modules_to_save", None)
-    if saved is not None:
-        active = [name for name in head.active_adapters if name in saved]
-        head = saved[active[0]] if active and not head.disable_adapters else head.original_module
-    group = group_of(model, "lm_head", (head,))
-    if isinstance(group, ProjectionGroup) and group.has_dropout:
-        return "lm_head: its adapter has dropout"
-    return f"lm_head: {group}" if isinstance(group, str) else group
-
-
 def head_reason(model: Any) -> str | None:
     """Why the fused loss can't serve the model, or None. Told once."""
     reason = None
@@ -465,22 +390,6 @@ def checkpointing_requested(layer: Any, value: bool) -> None:
 
 def _subclass(original: Any, *mixins: type, **attributes: Any) -> dict[type, type]:
     return {original: type(original.__name__, (*mixins, original), {**attributes, "__module__": __name__})}
-
-
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, _eps(module), getattr(type(module), "weight_offset", 0.0))
-
-
-def _eps(norm: Any) -> float:
-    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-
-
-def _activation(mlp: Any) -> str | None:
-    return ACTIVATIONS.get(_activation_name(mlp))
-
-
-def _activation_name(mlp: Any) -> str:
-    return getattr(mlp.config, "hidden_activation", None) or mlp.config.hidden_act
 
 
 def _bind(function: Forward, module: Any, **kwargs: Any) -> Callable[[torch.Tensor], torch.Tensor]:

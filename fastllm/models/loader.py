@@ -61,6 +61,7 @@ class LoadRequest:
     merge_micro_batches: bool = True
     offload_embedding: bool = False
     fp8_compute: bool = False
+    cuda_graphs: bool = True
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -283,6 +284,9 @@ def _adapt(model: Any, request: LoadRequest, *, fp8_compute: bool) -> None:
         notice(f"fastllm: {text}. The model runs transformers' own forward.")
     setting = checkpointing_setting(request.use_gradient_checkpointing)
     adapt(model, arch, setting)
+    planner = getattr(model, PLANNER, None)
+    if planner is not None:
+        planner.recordings.is_on = request.cuda_graphs
     if widens(model):
         notice("fastllm: the residual stream is held in fp32, as this family's passes the range of fp16")
     if arch is not None and fp8_compute:

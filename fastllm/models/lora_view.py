@@ -17,8 +17,9 @@ from ..kernels.nf4 import Nf4Weight
 from ..kernels.projections import Projection, ProjectionGroup, fp8_obstacle
 from .quantized import unpack_cpu_weight
 
-# Attribute of the owning module that remembers a group, with the state of its layers it was made from.
-_CACHE = "_fastllm_groups"
+# Attribute of a module that remembers what was made of it and its parts, with the state that it was made from.
+CACHE = "_fastllm_groups"
+_PLAIN = (bool, int, float, str, tuple)
 # Attribute of an owning module whose frozen weights shall be multiplied in FP8.
 FP8_COMPUTE = "_fastllm_fp8_compute"
 
@@ -60,7 +61,7 @@ def projection_of(module: nn.Module) -> Projection | str:
 def group_of(owner: nn.Module, key: str, modules: Sequence[nn.Module]) -> ProjectionGroup | str:
     """The layers `modules` as one group, or why they can't be fused; remembered on `owner` while nothing changes."""
     state = [_state_of(module) for module in modules]
-    cache: dict[str, tuple[list[tuple], ProjectionGroup | str]] = owner.__dict__.setdefault(_CACHE, {})
+    cache: dict[str, tuple[list[tuple], ProjectionGroup | str]] = owner.__dict__.setdefault(CACHE, {})
     known = cache.get(key)
     if known is not None and _same(known[0], state):
         return known[1]
@@ -80,9 +81,9 @@ def group_of(owner: nn.Module, key: str, modules: Sequence[nn.Module]) -> Projec
 
 
 def forget_groups(model: nn.Module) -> None:
-    """Drop every remembered group."""
+    """Drop everything that modules remember of themselves."""
     for module in model.modules():
-        module.__dict__.pop(_CACHE, None)
+        module.__dict__.pop(CACHE, None)
 
 
 def _base_projection(module: nn.Module) -> Projection | str:
@@ -120,13 +121,15 @@ def nf4_weight(packed: torch.Tensor, state: Any, compute_dtype: torch.dtype | No
 
 
 def _state_of(module: nn.Module) -> tuple:
-    """What a projection was made from: compared by identity to see whether it still holds."""
-    lora: Any = module
-    base = module._modules.get("base_layer", module)
-    assert base is not None
+    """What a projection was made from: compared by identity to see whether it still holds.
+
+    Every layer of every forward asks for it, so it reads the dictionaries that modules keep their parts in.
+    """
+    modules = module._modules
+    base = modules.get("base_layer") or module
     weight = base._parameters.get("weight")
     quantization = getattr(weight, "quant_state", None)
-    state: tuple = (
+    state = (
         weight,
         None if weight is None else weight.data_ptr(),
         quantization,
@@ -140,20 +143,25 @@ def _state_of(module: nn.Module) -> tuple:
     )
     if base is module:
         return state
+    lora: Any = module
     active = tuple(getattr(lora, "active_adapters", ()))
-    tensors = (
-        part
-        for name in active
-        if name in lora.lora_A
-        for part in (lora.lora_A[name].weight, lora.lora_B[name].weight, lora.scaling[name], lora.lora_dropout[name])
-    )
-    return (*state, active, lora.disable_adapters, lora.merged, *tensors)
+    parts: list = [active, lora.disable_adapters, lora.merged]
+    adapters_a, adapters_b, dropouts = (modules.get(name) for name in ("lora_A", "lora_B", "lora_dropout"))
+    if adapters_a is not None and adapters_b is not None and dropouts is not None:
+        for name in active:
+            if name in adapters_a._modules:
+                a, b = adapters_a._modules[name], adapters_b._modules[name]
+                assert a is not None and b is not None
+                parts += (a._parameters["weight"], b._parameters["weight"], lora.scaling[name], dropouts._modules[name])
+    return (*state, *parts)
 
 
 def _same(left: list[tuple], right: list[tuple]) -> bool:
     """Equality of states: tensors and objects by identity, plain values by value."""
-    plain = (bool, int, float, str, tuple)
-    return all(
-        len(a) == len(b) and all(x is y or (isinstance(x, plain) and x == y) for x, y in zip(a, b, strict=True))
-        for a, b in zip(left, right, strict=True)
-    )
+    for a, b in zip(left, right, strict=True):
+        if len(a) != len(b):
+            return False
+        for x, y in zip(a, b, strict=True):
+            if x is not y and not (isinstance(x, _PLAIN) and x == y):
+                return False
+    return True

@@ -19,6 +19,7 @@ from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.kept_weights import KeptWeights
 from ..kernels.layer_definition import DecoderLayer, Keep
 from ..kernels.vision_block import VisionBlock
+from .recordings import MOST_ROWS, SHARE_OF_MEMORY, Recordings
 from .weight_keeping import WeightKeeper
 
 GIB = 2**30
@@ -30,6 +31,8 @@ _MARGIN_BYTES = GIB // 2
 _TOWER_SHARE = 1 / 8
 # Plans are made anew for each step of what the tower holds; the margin covers a step.
 _TOWER_STEP = GIB // 4
+# Layer inputs of up to this size in all stay on the device: sending them away would take longer than it is worth.
+_SMALL_INPUTS = 64 * 2**20
 # cuDNN compiles a plan for each new shape (0.1 s on an H200); it pays once this much attention, in queries times keys,
 # has been computed at that shape.
 _CUDNN_AFTER_SCORES = 2**26
@@ -71,6 +74,7 @@ class ActivationPlanner:
         self._tower_plans: dict[int, bool] = {}
         self._plan: list[Keep] = []
         self._weights = WeightKeeper(num_layers)
+        self.recordings = Recordings()
         self._told = ""
         self._offload = HostOffload()
         self._last_index = num_layers
@@ -82,6 +86,7 @@ class ActivationPlanner:
         self.setting = checkpointing_setting(setting)
         self._plans.clear()
         self._tower_plans.clear()
+        self.recordings.release()
         self._weights.release("use_gradient_checkpointing is set anew")
         self._weights = WeightKeeper(self.num_layers)
 
@@ -97,7 +102,8 @@ class ActivationPlanner:
         return self._weights.of_layer(index, x.device)
 
     def release_weights(self, reason: str) -> None:
-        """Free every kept weight; training that goes on makes them again."""
+        """Free every kept weight and recording; training that goes on makes them again."""
+        self.recordings.release()
         self._weights.release(reason)
 
     def offload(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -136,7 +142,9 @@ class ActivationPlanner:
 
     def describe(self) -> str:
         """The latest plan in a line."""
-        return self._told or f"activations: {self.setting!r}, no batch seen yet"
+        plan = self._told or f"activations: {self.setting!r}"
+        count = self.recordings.count
+        return f"{plan}; launches of {count} batch shapes are recorded" if count else plan
 
     def _begin(self, x: torch.Tensor, layer: DecoderLayer) -> None:
         """Start a forward: the layers count up from here."""
@@ -144,11 +152,13 @@ class ActivationPlanner:
         self._shape = tuple(x.shape)
         self._forwards_of_shape[self._shape] = self._forwards_of_shape.get(self._shape, 0) + 1
         tokens = x.shape[0] * x.shape[1]
-        bucket = -(-tokens // 1024) * 1024
+        step = 1024 if tokens > 1024 else 256
+        bucket = -(-tokens // step) * step
         beside, self.tower_bytes = -(-self.tower_bytes // _TOWER_STEP), 0
         if (bucket, beside) not in self._plans:
             self._plans[bucket, beside] = self._make_plan(layer, bucket, x.device, x.dtype)
         self._plan = self._plans[bucket, beside]
+        self.recordings.begin("decoder", x, lambda: self._recorded_bytes(layer, tokens, x.dtype))
 
     def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:
         """The plan of batches of up to `tokens`. Also settles how many layers keep their weights beside it."""
@@ -157,12 +167,13 @@ class ActivationPlanner:
             return [Keep.ALL] * count
         if self.setting is True:
             return [Keep.INPUT] * count
-        can_offload = device.type == "cuda"
+        sizes = LayerBytes.of(layer, dtype)
+        can_offload = device.type == "cuda" and count * sizes.layer_input * tokens > _SMALL_INPUTS
         floor = Keep.OFFLOADED_INPUT if can_offload else Keep.INPUT
         if self.setting == "offload":
             # The last layer's input is wanted back at once.
             return [floor] * (count - 1) + [Keep.INPUT]
-        sizes = LayerBytes.of(layer, dtype)
+        self.recordings.release()
         free = free_bytes(device) + self._weights.nbytes
         budget = free - _MARGIN * free - _MARGIN_BYTES - self.reserved_bytes - sizes.transient(tokens)
         kept = max(0, min(count, int((budget - count * sizes.layer_input * tokens) // max(1, sizes.stash * tokens))))
@@ -172,9 +183,16 @@ class ActivationPlanner:
             on_device = max(1, min(count, int(budget // max(1, sizes.layer_input * tokens))))
         plan = [floor] * (recomputed - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
         spare = budget - count * (sizes.layer_input + sizes.stash) * tokens if kept == count else 0
+        spare -= SHARE_OF_MEMORY * free if tokens <= MOST_ROWS else 0
         self._weights.allow(spare, sizes.kept_weights, device, f"a batch of up to {tokens:,} tokens takes the memory")
         self._tell(plan, tokens, sizes, free)
         return plan
+
+    def _recorded_bytes(self, layer: DecoderLayer, tokens: int, dtype: torch.dtype) -> int:
+        """What the layers hold from step to step where their launches are recorded."""
+        sizes = LayerBytes.of(layer, dtype)
+        stash = self._plan.count(Keep.ALL) * sizes.stash
+        return tokens * (stash + self.num_layers * sizes.layer_input + sizes.backward) + sizes.weights
 
     def _tell(self, plan: list[Keep], tokens: int, sizes: LayerBytes, free: int) -> None:
         counts = {keep: plan.count(keep) for keep in Keep}

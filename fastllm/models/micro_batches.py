@@ -16,7 +16,7 @@ from torch import nn
 from .._device import free_bytes
 from .._notices import notice
 from .arch import arch_of
-from .blocks import fused_layer
+from .fused_parts import fused_layer
 from .memory import ActivationPlanner, LayerBytes
 from .model_methods import MERGES_MICRO_BATCHES, PLANNER
 from .patch import decoder_layers

@@ -18,7 +18,7 @@ from .fp8_compute import fp8_note
 from .lora_view import FP8_COMPUTE, forget_groups
 from .memory import ActivationPlanner
 from .model_methods import PLANNER, ModelMethods
-from .vision_tower import TOWER, attach_tower, fused_block
+from .vision_tower import BLOCK_INDEX, TOWER, attach_tower, fused_block
 
 _ORIGINAL = "_fastllm_original_class"
 
@@ -109,6 +109,7 @@ def restore(model: nn.Module) -> nn.Module:
         module.__dict__.pop(PLANNER, None)
         module.__dict__.pop(FP8_COMPUTE, None)
         module.__dict__.pop(TOWER, None)
+        module.__dict__.pop(BLOCK_INDEX, None)
         if original is not None:
             module.__class__ = original
     return model
@@ -116,7 +117,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 def report(model: Any) -> FastReport:
     """Which layers and vision blocks of the model run fused, from their present state."""
-    from .blocks import attention_groups, fused_layer, head_group, mlp_groups
+    from .fused_parts import attention_groups, fused_layer, head_group, mlp_groups
 
     model = unwrapped(model)
     model_type = model.config.model_type

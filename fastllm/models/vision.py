@@ -65,6 +65,7 @@ class FastModel:
         strict: bool = False,
         merge_micro_batches: bool = True,
         fp8_compute: bool = False,
+        cuda_graphs: bool = True,
         **options: Any,
     ) -> tuple[Any, Any]:
         """Load a checkpoint, or an adapter together with its base. Returns `(model, processor)` for a model that sees

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,20 @@ from torch import nn
 
 from .._compat import attentions_are_collected, has_foreign_hooks
 from ..kernels.attention import AttentionCase, choose_backend
+from ..kernels.dispatch import compute_dtype
 from ..kernels.documents import Documents
 from ..kernels.layer_definition import Norm
 from ..kernels.lora import ProjectionGroup
-from ..kernels.vision_block import BlockCall, LayerNorm, VisionBlock, vision_block
-from .blocks import ACTIVATIONS, Forward, checkpointing_requested
-from .lora_view import group_of
+from ..kernels.vision_block import BlockCall, BlockPass, LayerNorm, VisionBlock, is_random, vision_block
+from .blocks import Forward, checkpointing_requested
+from .fused_parts import ACTIVATIONS
+from .lora_view import CACHE, group_of
 from .memory import ActivationPlanner, block_bytes
 from .model_methods import PLANNER
 
-# Attribute of each block: the tower that it belongs to.
+# Attributes of each block: the tower that it belongs to, and its place there.
 TOWER = "_fastllm_tower"
+BLOCK_INDEX = "_fastllm_block_index"
 # (output of the first half of an MLP, the second half), by their names in transformers.
 _MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"))
 
@@ -72,7 +75,8 @@ def block_forward(otherwise: Forward) -> Forward:
         segments = tower.segments(cu_seqlens, self.attn, hidden_states.device)
         recompute = torch.is_grad_enabled() and tower.recomputes(hidden_states, block)
         call = BlockCall(segments.case, cos, sin, recompute, segments.choose_backend)
-        return vision_block(hidden_states, block, call)
+        recorded = tower.recorded(self, hidden_states, block, call)
+        return vision_block(hidden_states, block, call) if recorded is None else recorded()
 
     return forward
 
@@ -99,7 +103,14 @@ def fused_block(block: Any) -> VisionBlock | str:
     qkv, output, up, down = groups
     norm1, norm2 = norms
     assert not isinstance(norm1, str) and not isinstance(norm2, str)
-    return VisionBlock(norm1, qkv, output, norm2, up, down, activation, attention_module.head_dim)
+    cache = block.__dict__.setdefault(CACHE, {})
+    made_from = (*groups, *(norm.weight for norm in (norm1, norm2)), getattr(norm1, "bias", None))
+    known = cache.get("block")
+    if known is not None and all(a is b for a, b in zip(known[0], made_from, strict=True)):
+        return known[1]
+    fused = VisionBlock(norm1, qkv, output, norm2, up, down, activation, attention_module.head_dim)
+    cache["block"] = (made_from, fused)
+    return fused
 
 
 class Tower:
@@ -126,6 +137,20 @@ class Tower:
         inputs = self.num_blocks * x.shape[-1] * x.dtype.itemsize
         return self.planner.recomputes_tower(x.shape[0], kept, inputs, x.device)
 
+    def recorded(
+        self, module: nn.Module, x: torch.Tensor, block: VisionBlock, call: BlockCall
+    ) -> Callable[[], torch.Tensor] | None:
+        """What runs the block of `module` as a recording, if anything does."""
+        recordings, index = self.planner.recordings, getattr(module, BLOCK_INDEX)
+        if index == 0:
+            recordings.begin("tower", x, lambda: self.num_blocks * x.shape[0] * block_bytes(block, x.dtype))
+        if is_random(block) or has_foreign_hooks(module):
+            return None
+        dtype = compute_dtype(x, block.qkv.dtype)
+        return recordings.find(
+            "tower", index, x, call, block, lambda: BlockPass(block, dtype), conditions=(dtype, call.recompute)
+        )
+
 
 class Segments:
     """Images, frames or windows that lie end to end, as a case of attention, and the kernel that serves it."""
@@ -148,8 +173,9 @@ class Segments:
 def attach_tower(blocks: Sequence[nn.Module], planner: ActivationPlanner) -> None:
     """Let the fast blocks of a model know of each other, and of the planner."""
     tower = Tower(len(blocks), planner)
-    for block in blocks:
+    for index, block in enumerate(blocks):
         setattr(block, TOWER, tower)
+        setattr(block, BLOCK_INDEX, index)
         setattr(block, PLANNER, planner)
 
 

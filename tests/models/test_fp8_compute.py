@@ -12,8 +12,8 @@ from fastllm._errors import ArgumentError, DeviceError, UnsupportedError
 from fastllm.kernels.fp8 import CAPABILITY
 from fastllm.models import memory
 from fastllm.models.arch import get_arch
-from fastllm.models.blocks import fused_layer
 from fastllm.models.fp8_compute import check_fp8_compute, use_fp8
+from fastllm.models.fused_parts import fused_layer
 from fastllm.models.memory import GIB, LayerBytes
 from fastllm.models.model_methods import PLANNER
 from fastllm.models.patch import decoder_layers, restore

@@ -7,7 +7,7 @@ from fastllm._device import free_bytes
 from fastllm._errors import ArgumentError
 from fastllm.kernels.layer_definition import Keep
 from fastllm.models import memory
-from fastllm.models.blocks import fused_layer
+from fastllm.models.fused_parts import fused_layer
 from fastllm.models.memory import GIB, ActivationPlanner, HostOffload, LayerBytes, checkpointing_setting
 from fastllm.models.model_methods import PLANNER
 

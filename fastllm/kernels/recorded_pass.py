@@ -1,0 +1,318 @@
+"""A layer's forward and backward as recorded launches, sent to the GPU in one call each: CUDA graphs.
+
+Python takes hundreds of microseconds to launch the kernels of a layer; where the layer sees few tokens, the GPU waits
+for it. A recording repeats the same kernels on the same addresses without it. So inputs are copied to where the
+recording reads them, its outputs are overwritten by the next replay, and it holds for one shape and one set of tensors.
+A replay gives what the recorded code gives: the kernels are the same.
+
+A recording is busy from its forward until its backward is done or its graph is dropped; whoever wants another forward
+in between has to run one that is not recorded.
+
+Source: NVIDIA, CUDA C++ Programming Guide, "CUDA Graphs"; torch.cuda.CUDAGraph for the memory of recordings.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch._utils import _unflatten_dense_tensors
+
+from .attention import AttentionCase
+from .documents import Documents
+
+Outputs = list[torch.Tensor]
+# Runs a function once and returns its outputs, and what runs it again into the same outputs.
+Recorder = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
+
+
+class NotRecordable(Exception):
+    """Something of a pass can't be repeated without Python; the message says what."""
+
+
+class Pass(Protocol):
+    """What is recorded: a layer outside autograd, computing in one dtype."""
+
+    def forward(self, x: torch.Tensor, call: Any) -> tuple[torch.Tensor, Any, str]:
+        """(y, what the backward reads or None, the attention kernel that was chosen)"""
+        ...
+
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor, call: Any, kept: Any, backend: str, needs: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """Gradients of x and of the parameters, where `needs` (x first) asks for them; consumes `kept`."""
+        ...
+
+
+class SharedInputs:
+    """What the recordings of one model and shape share: fixed copies of tensors that all layers of a forward read
+    alike (rotary angles, masks, boundaries of documents), and the outputs that one layer hands to the next."""
+
+    def __init__(self) -> None:
+        self._copies: list[SharedTensor] = []
+        self._handed: dict[int, torch.Tensor] = {}
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+
+    def copy_of(self, source: torch.Tensor) -> SharedTensor:
+        for known in self._copies:
+            if known.is_of(source):
+                return known
+        self._copies.append(SharedTensor(source))
+        return self._copies[-1]
+
+    def hand_on(self, output: torch.Tensor) -> None:
+        """Let the next layer read `output` where it is."""
+        self._handed[output.data_ptr()] = output
+
+    def scratch(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory [numel] that every recording may write to, read right after its replay."""
+        known = self._scratch.get(dtype)
+        if known is None or known.numel() < numel:
+            known = self._scratch[dtype] = torch.empty(numel, dtype=dtype, device=device)
+        return known[:numel]
+
+    def fixed(self, x: torch.Tensor) -> torch.Tensor:
+        """Where a recording shall read what is in `x` now: `x` itself if it is handed on, else a copy."""
+        known = self._handed.get(x.data_ptr())
+        if known is not None and known.shape == x.shape and known.stride() == x.stride():
+            return x.detach()
+        return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+class SharedTensor:
+    """A copy at a fixed address of a tensor that changes from forward to forward."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self.value = source.detach().clone(memory_format=torch.contiguous_format)
+        self._remember(source)
+
+    def is_of(self, source: torch.Tensor) -> bool:
+        """Whether the copy was made of the same memory in the same state. The source is held, so that no other tensor
+        takes its address."""
+        return (
+            source.data_ptr() == self._source.data_ptr()
+            and source._version == self._version
+            and source.shape == self._source.shape
+            and source.stride() == self._source.stride()
+        )
+
+    def update(self, source: torch.Tensor) -> None:
+        if not self.is_of(source):
+            self.value.copy_(source)
+            self._remember(source)
+
+    def _remember(self, source: torch.Tensor) -> None:
+        self._source, self._version = source.detach(), source._version
+
+
+class RecordedPass:
+    """One layer's recording at one shape. `x` and `call` are those of the forward during which it is made.
+
+    `x` is [..., D], contiguous or handed on; `needs` says which of x and the parameters get gradients. The backward is
+    recorded when it first runs.
+    """
+
+    def __init__(
+        self,
+        layer_pass: Pass,
+        x: torch.Tensor,
+        call: Any,
+        needs: Sequence[bool],
+        shared: SharedInputs,
+        record: Recorder,
+    ) -> None:
+        self._pass, self._needs, self._shared, self._record = layer_pass, tuple(needs), shared, record
+        self._x = shared.fixed(x)
+        self._inputs = [shared.copy_of(source) for source in _tensors_of(call)]
+        self._call = _with_tensors(call, iter([copy.value for copy in self._inputs]))
+        self._dy: torch.Tensor | None = None
+        self._kept: Any = None
+        self._backend = ""
+        self._grads: _FlatTensors | None = None
+        self._replay_backward: Callable[[], None] | None = None
+        self._busy: Callable[[], Any] = lambda: None
+        (self._y,), self._replay_forward = record(self._run_forward)
+        shared.hand_on(self._y)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a forward still waits for its backward."""
+        return self._busy() is not None
+
+    @property
+    def has_backward(self) -> bool:
+        return self._replay_backward is not None
+
+    def __call__(self, x: torch.Tensor, call: Any, parameters: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """The layer under autograd; of the same shape and layer as what was recorded."""
+        return _Replayed.apply(x, self, call, *parameters)
+
+    def start(self) -> object:
+        """What has to be held until the backward is done."""
+        ticket = _Ticket()
+        self._busy = weakref.ref(ticket)
+        return ticket
+
+    def forward(self, x: torch.Tensor, call: Any) -> torch.Tensor:
+        """y, overwritten by the next forward."""
+        if x.data_ptr() != self._x.data_ptr():
+            self._x.copy_(x)
+        for shared, source in zip(self._inputs, _tensors_of(call), strict=True):
+            shared.update(source)
+        self._replay_forward()
+        return self._y.detach()
+
+    def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """Gradients of x, overwritten by the next backward, and of the parameters, which are not."""
+        if self._replay_backward is None or self._dy is None:
+            self._dy = self._shared.fixed(dy)
+            self._dx, self._replay_backward = self._record(self._run_backward)
+            for dx in self._dx:
+                self._shared.hand_on(dx)
+        elif dy.data_ptr() != self._dy.data_ptr():
+            self._dy.copy_(dy)
+        self._replay_backward()
+        assert self._grads is not None
+        return self._dx[0].detach() if self._dx else None, self._grads.copies()
+
+    def _run_forward(self) -> Outputs:
+        y, self._kept, self._backend = self._pass.forward(self._x, self._call)
+        if self._backend == "autograd" and y.is_cuda:
+            raise NotRecordable("attention runs under autograd")
+        return [y]
+
+    def _run_backward(self) -> Outputs:
+        assert self._dy is not None
+        kept = copy.copy(self._kept)  # a backward consumes it, and the recording writes to its tensors again
+        if kept is not None:
+            kept.attention = copy.copy(kept.attention)
+        dx, grads = self._pass.backward(self._dy, self._x, self._call, kept, self._backend, self._needs)
+        if self._grads is None:
+            self._grads = _FlatTensors(grads, self._shared)
+        self._grads.write(grads)
+        return [] if dx is None else [dx]
+
+
+class _Ticket:
+    """Held by whoever will run a backward."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, recorded, call, *parameters):
+        ctx.recorded, ctx.ticket = recorded, recorded.start()
+        ctx.save_for_backward(*parameters)
+        return recorded.forward(x, call)
+
+    @staticmethod
+    def backward(ctx, dy):
+        _ = ctx.saved_tensors  # torch checks that no parameter was changed since the forward
+        recorded, ctx.recorded = ctx.recorded, None
+        if recorded is None:
+            raise RuntimeError(
+                "the activations of this layer were freed by an earlier backward; fastllm's fused layers do not "
+                "support retain_graph or double backward: load the model with patch=False for those"
+            )
+        dx, grads = recorded.backward(dy)
+        ctx.ticket = None
+        return dx, None, None, *grads
+
+
+class _FlatTensors:
+    """Tensors laid end to end, one buffer for each dtype, so that all are copied by few launches."""
+
+    def __init__(self, like: Sequence[torch.Tensor | None], shared: SharedInputs) -> None:
+        self._length = len(like)
+        self._places: dict[torch.dtype, list[int]] = {}
+        for place, tensor in enumerate(like):
+            if tensor is not None:
+                self._places.setdefault(tensor.dtype, []).append(place)
+        self._flat, self._views = {}, {}
+        for dtype, places in self._places.items():
+            tensors = [tensor for place in places if (tensor := like[place]) is not None]
+            flat = shared.scratch(sum(t.numel() for t in tensors), dtype, tensors[0].device)
+            parts = flat.split([t.numel() for t in tensors])
+            self._flat[dtype] = flat
+            self._views[dtype] = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+    def write(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        for dtype, places in self._places.items():
+            written = [tensor for place in places if (tensor := tensors[place]) is not None]
+            torch._foreach_copy_(self._views[dtype], written)
+
+    def copies(self) -> list[torch.Tensor | None]:
+        """What was written, as new tensors."""
+        found: list[torch.Tensor | None] = [None] * self._length
+        for dtype, places in self._places.items():
+            copied = _unflatten_dense_tensors(self._flat[dtype].clone(), self._views[dtype])
+            for place, tensor in zip(places, copied, strict=True):
+                found[place] = tensor
+        return found
+
+
+class CudaRecorder:
+    """Records on one device. Recordings of one recorder share the memory of what lives inside a pass only. So forwards
+    are recorded, and run, in the order of the layers, and all of them before the first backward."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            # Other threads go on with what a recording forbids its own: loading data, pinning memory.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = function()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return outputs, graph.replay
+
+
+def call_signature(call: Any) -> tuple:
+    """What two calls have in common that one recording serves: everything but the contents of their tensors."""
+    case: AttentionCase = call.attention
+    documents = case.documents
+    return (
+        [(t.shape, t.dtype) for t in _tensors_of(call)],
+        None if documents is None else (documents.max_seqlen, documents.batch, documents.length),
+        case.mask is None, call.cos is None,
+        case.scaling, case.sliding_window, case.softcap, case.causal,
+    )  # fmt: skip
+
+
+def obstacle(call: Any) -> str | None:
+    """Why a call can't be recorded, or None."""
+    case: AttentionCase = call.attention
+    if case.function is not None:
+        return "attention is a function of its own"
+    if case.dropout:
+        return "attention has dropout"
+    return None
+
+
+def _tensors_of(call: Any) -> list[torch.Tensor]:
+    case: AttentionCase = call.attention
+    boundaries = None if case.documents is None else case.documents.cu_seqlens
+    return [tensor for tensor in (call.cos, call.sin, case.mask, boundaries) if tensor is not None]
+
+
+def _with_tensors(call: Any, tensors: Any) -> Any:
+    """The call with other tensors, in the order of `_tensors_of`."""
+    cos, sin = (None if angles is None else next(tensors) for angles in (call.cos, call.sin))
+    case: AttentionCase = call.attention
+    mask = None if case.mask is None else next(tensors)
+    documents = case.documents
+    if documents is not None:
+        documents = Documents(next(tensors), documents.max_seqlen, documents.batch, documents.length)
+    return replace(call, cos=cos, sin=sin, attention=replace(case, mask=mask, documents=documents))

@@ -1,0 +1,171 @@
+"""Which layers of a model run as recordings (CUDA graphs): those of small batches whose shape comes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .._compat import collects_outputs
+from .._device import free_bytes
+from .._notices import notice
+from ..kernels.recorded_pass import (
+    CudaRecorder,
+    NotRecordable,
+    Pass,
+    RecordedPass,
+    Recorder,
+    SharedInputs,
+    call_signature,
+    obstacle,
+)
+
+# Rows of a layer's input from which on the GPU is busy for longer than the host takes to launch its kernels.
+MOST_ROWS = 4096
+# A shape is recorded when it comes for the third time: recording takes about as long as two forwards, and what is
+# compiled at a first call must not be compiled in a recording.
+_FORWARDS_BEFORE = 2
+# A recording holds its memory from step to step: this part of what was free when the first one was made is for them.
+SHARE_OF_MEMORY = 1 / 8
+_MOST_SHAPES = 16
+
+
+class Recordings:
+    """The recordings of one model, by part (`decoder`, `tower`) and shape.
+
+    A part's forward begins with `begin`; then `find` answers for each of its layers, in their order.
+    """
+
+    def __init__(self, record: Callable[[torch.device], Recorder] | None = None) -> None:
+        self.is_on = True
+        self._record = record
+        self._shapes: dict[tuple, _Shape] = {}
+        self._current: dict[str, _Shape | None] = {}
+
+    def __reduce__(self) -> tuple:
+        return Recordings, ()  # a copied or stored model makes its own
+
+    @property
+    def count(self) -> int:
+        """How many shapes are recorded."""
+        return sum(bool(shape.passes) for shape in self._shapes.values())
+
+    def begin(self, part: str, x: torch.Tensor, nbytes: Callable[[], int]) -> None:
+        """Start a forward of a part with the input `x` of its first layer. `nbytes` says what its layers hold."""
+        self._current[part] = None
+        can_record = self._record is not None or (x.is_cuda and torch.version.hip is None)
+        if not (self.is_on and can_record and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
+            return
+        key = (part, x.shape, x.stride(), x.dtype, x.device, torch.are_deterministic_algorithms_enabled())
+        shape = self._shapes.setdefault(key, _Shape())
+        shape.forwards += 1
+        if shape.forwards <= _FORWARDS_BEFORE or shape.is_left_alone or shape.is_busy or collects_outputs():
+            return
+        if not shape.passes and not self._has_room(shape, nbytes(), x.device):
+            shape.is_left_alone = True
+            return
+        self._current[part] = shape
+
+    def find(
+        self,
+        part: str,
+        index: int,
+        x: torch.Tensor,
+        call: Any,
+        layer: Any,
+        make_pass: Callable[[], Pass],
+        *,
+        conditions: tuple,
+    ) -> Callable[[], torch.Tensor] | None:
+        """What runs layer `index` as a recording, made now if there is none; None where the layer has to run without.
+
+        `conditions` are further values that a recording holds for, compared by identity and then by value.
+        """
+        shape = self._current.get(part)
+        if shape is None:
+            return None
+        reason = obstacle(call)
+        if reason is not None:
+            return None
+        parameters = layer.parameters() if index not in shape.passes else shape.passes[index].parameters
+        needs = (x.requires_grad, *(p is not None and p.requires_grad for p in parameters))
+        signature = (
+            *conditions, call_signature(call), needs, [p.data_ptr() for p in parameters if p is not None]
+        )  # fmt: skip
+        known = shape.passes.get(index)
+        if known is not None and (known.layer is not layer or known.signature != signature):
+            # Something was exchanged or switched: the shape is recorded anew when it has come often enough again.
+            self._drop(shape, part)
+            return None
+        if known is None:
+            if not any(needs):
+                return None
+            if not shape.takes(index):
+                self._drop(shape, part)
+                return None
+            if shape.record is None:
+                shape.record = self._record(x.device) if self._record is not None else CudaRecorder(x.device)
+            try:
+                recorded = RecordedPass(make_pass(), x, call, needs, shape.shared, shape.record)
+            except NotRecordable as obstacle_:
+                notice(f"fastllm: layers are launched kernel by kernel, since {obstacle_}", once=f"record:{obstacle_}")
+                self._drop(shape, part)
+                shape.is_left_alone = True
+                return None
+            known = shape.passes[index] = _Known(recorded, layer, parameters, signature)
+        return lambda: known.recorded(x, call, parameters)
+
+    def release(self) -> None:
+        """Drop every recording; shapes that come often enough again are recorded anew."""
+        for shape in self._shapes.values():
+            shape.clear()
+            shape.forwards = 0
+        self._current.clear()
+
+    def _drop(self, shape: _Shape, part: str) -> None:
+        shape.clear()
+        shape.forwards = 0
+        self._current[part] = None
+
+    def _has_room(self, wanted: _Shape, nbytes: int, device: torch.device) -> bool:
+        held = sum(shape.nbytes for shape in self._shapes.values())
+        if self.count >= _MOST_SHAPES or nbytes > SHARE_OF_MEMORY * (free_bytes(device) + held) - held:
+            return False
+        wanted.nbytes = nbytes
+        return True
+
+
+class _Known:
+    """One recording and what it holds for."""
+
+    __slots__ = ("layer", "parameters", "recorded", "signature")
+
+    def __init__(
+        self, recorded: RecordedPass, layer: Any, parameters: Sequence[torch.Tensor | None], signature: tuple
+    ) -> None:
+        self.recorded, self.layer, self.parameters, self.signature = recorded, layer, parameters, signature
+
+
+class _Shape:
+    """What is known of one shape of a part's input."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.is_left_alone = False
+        self.clear()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an earlier forward still waits for its backward."""
+        return any(known.recorded.is_busy for known in self.passes.values())
+
+    def takes(self, index: int) -> bool:
+        """Whether layer `index` can still be recorded: what it keeps must not lie where a later pass writes."""
+        return all(index > known and not other.recorded.has_backward for known, other in self.passes.items())
+
+    def clear(self) -> None:
+        self.passes: dict[int, _Known] = {}
+        self.shared = SharedInputs()
+        self.record: Recorder | None = None
+        self.nbytes = 0

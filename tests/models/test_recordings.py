@@ -1,0 +1,250 @@
+"""Layers of small batches run as recordings: the same training, whatever changes between the steps."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from fastllm.models.memory import ActivationPlanner
+from fastllm.models.model_methods import PLANNER
+from fastllm.models.recordings import Recordings
+
+from ..kernels.repetition import repeat
+from .families import FAMILIES, batch, build, fast_copy, with_lora
+
+CONFIG = FAMILIES["llama"]
+
+
+@pytest.fixture
+def make(device):
+    """Makes models that train alike: one that records (on a CPU by repetition), one that does not."""
+
+    def make(config=CONFIG, *, setting=False, dtype=torch.float32):
+        plain = build(config, device=device, dtype=dtype)
+        models = []
+        for is_on in (True, False):
+            model = with_lora(fast_copy(plain, setting=setting))
+            planner = planner_of(model)
+            planner.recordings = Recordings(None if device.type == "cuda" else lambda device: repeat)
+            planner.recordings.is_on = is_on
+            models.append(model.train())
+        return models
+
+    return make
+
+
+def planner_of(model) -> ActivationPlanner:
+    return getattr(model.get_base_model(), PLANNER)
+
+
+def recorded(model):
+    """(shapes, layers) that are recorded."""
+    shapes = planner_of(model).recordings._shapes.values()
+    return sum(bool(shape.passes) for shape in shapes), sum(len(shape.passes) for shape in shapes)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_alike(left, right):
+    """On a GPU attention's backward adds in an order that changes from run to run."""
+    assert left.keys() == right.keys() and left
+    for name, expected in right.items():
+        tolerance = {"rtol": 1e-4, "atol": 1e-5 * float(expected.abs().max())} if expected.is_cuda else {}
+        if tolerance:
+            torch.testing.assert_close(left[name], expected, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert torch.equal(left[name], expected), name
+
+
+def train(model, device, *, steps=5, batches=None, accumulate=1, config=CONFIG, change=None):
+    """Losses and the gradients of each optimiser step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses, grads = [], []
+    batches = batches or [batch(config, seed=seed, device=device) for seed in range(steps * accumulate)]
+    for index in range(0, len(batches), accumulate):
+        if change is not None:
+            change(model, index)
+        for inputs in batches[index : index + accumulate]:
+            loss = model(**inputs).loss
+            loss.backward()
+            losses.append(loss.detach())
+        grads.append(gradients(model))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses, grads
+
+
+def assert_trained_alike(left, right):
+    torch.testing.assert_close(torch.stack(left[0]), torch.stack(right[0]), rtol=1e-5, atol=0)
+    for ours, theirs in zip(left[1], right[1], strict=True):
+        assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("setting", [False, True, "offload", "fastllm"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"])
+def test_training_is_the_same(make, device, family, setting):
+    """From the third batch of a shape on its layers are replayed, however they hold their activations."""
+    config = FAMILIES[family]
+    with_recordings, without = make(config, setting=setting)
+    assert_trained_alike(train(with_recordings, device, config=config), train(without, device, config=config))
+    is_served = device.type == "cpu" or family != "gemma2"  # in fp32 no kernel of a GPU has both cap and window
+    assert recorded(with_recordings) == ((1, 4) if is_served else (0, 0)) and recorded(without) == (0, 0)
+
+
+def test_the_report_tells_how_many_shapes_are_recorded(make, device):
+    model, _ = make()
+    train(model, device)
+    assert "launches of 1 batch shapes are recorded" in str(model.get_base_model().fast_report())
+
+
+def test_gradients_accumulate(make, device):
+    """A replay writes to new gradients, not to those of the micro-batch before it."""
+    with_recordings, without = make()
+    runs = [train(model, device, steps=3, accumulate=3) for model in (with_recordings, without)]
+    assert_trained_alike(*runs)
+
+
+def test_shapes_alternate(make, device):
+    batches = [batch(CONFIG, seed=i, device=device, rows=1 + i % 2, length=17 + i % 3) for i in range(24)]
+    with_recordings, without = make()
+    assert_trained_alike(*(train(model, device, batches=batches) for model in (with_recordings, without)))
+    assert recorded(with_recordings) == (6, 24)
+
+
+def test_positions_and_masks_of_each_batch_count(make, device):
+    """Left padding comes with a mask, and packed rows with boundaries: both change from batch to batch."""
+    batches = []
+    for seed in range(5):
+        inputs = batch(CONFIG, seed=seed, device=device)
+        shift = seed + 1
+        mask = torch.ones_like(inputs["input_ids"])
+        mask[0, :shift] = 0
+        batches.append({**inputs, "attention_mask": mask})
+    for seed in range(6):
+        inputs = batch(CONFIG, seed=seed, device=device, rows=1, length=24)
+        first = 12 if seed % 2 else 8
+        positions = torch.cat([torch.arange(first), torch.arange(24 - first)])[None].to(device)
+        batches.append({"input_ids": inputs["input_ids"], "labels": inputs["labels"], "position_ids": positions})
+    with_recordings, without = make()
+    assert_trained_alike(*(train(model, device, batches=batches) for model in (with_recordings, without)))
+
+
+def test_two_forwards_may_wait_for_their_backwards(make, device):
+    """As in preference training without concatenation: the second is not recorded, and neither is disturbed."""
+    for model_grads in [[]]:
+        for model in make():
+            train(model, device)
+            first, second = (model(**batch(CONFIG, seed=seed, device=device)).loss for seed in (10, 11))
+            (first - 2 * second).backward()
+            model_grads.append(gradients(model))
+        assert_alike(*model_grads)
+
+
+def test_a_forward_may_be_dropped(make, device):
+    found = []
+    for model in make():
+        train(model, device)
+        for _ in range(2):
+            model(**batch(CONFIG, seed=20, device=device))
+            gc.collect()
+        model(**batch(CONFIG, seed=21, device=device)).loss.backward()
+        found.append(gradients(model))
+    assert_alike(*found)
+
+
+def test_evaluation_between_steps(make, device):
+    with_recordings, without = make()
+
+    def evaluate(model, index):
+        with torch.no_grad():
+            model.eval()(**batch(CONFIG, seed=30 + index, device=device))
+        model.train()
+
+    assert_trained_alike(*(train(model, device, change=evaluate) for model in (with_recordings, without)))
+    assert recorded(with_recordings) == (1, 4)
+
+
+CHANGES = {
+    "a frozen adapter matrix": lambda model: next(
+        p for n, p in model.named_parameters() if "lora_A" in n
+    ).requires_grad_(False),
+    "new memory": lambda model: [setattr(p, "data", p.data.clone()) for p in model.parameters()],
+    "a scaling": lambda model: [
+        module.scaling.update(default=3.0) for module in model.modules() if hasattr(module, "lora_A")
+    ],
+    "another adapter": lambda model: (
+        model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj", "down_proj"])), model.set_adapter("other")
+    ),
+    "a hook": lambda model: model.get_base_model().model.layers[1].register_forward_hook(lambda *_: None),
+    "a setting": lambda model: model.get_base_model().for_training(True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_changes_is_recorded_anew(make, device, change):
+    def at_the_fourth_step(model, index):
+        if index == 3:
+            torch.manual_seed(0)
+            change(model)
+
+    runs = [train(model, device, steps=8, change=at_the_fourth_step) for model in make()]
+    assert_trained_alike(*runs)
+
+
+def test_hidden_states_that_are_asked_for_stay_what_they_are(make, device):
+    model, _ = make()
+    train(model, device)
+    first = model(**batch(CONFIG, seed=1, device=device), output_hidden_states=True).hidden_states
+    before = [state.clone() for state in first]
+    model(**batch(CONFIG, seed=2, device=device), output_hidden_states=True).loss.backward()
+    assert all(torch.equal(now, then) for now, then in zip(first, before, strict=True))
+
+
+def test_a_second_backward_is_refused(make, device):
+    model, _ = make()
+    train(model, device)
+    loss = model(**batch(CONFIG, device=device)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="freed by an earlier backward"):
+        loss.backward()
+
+
+def test_dropout_is_never_recorded(make, device):
+    model, _ = make()
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    train(model, device)
+    assert recorded(model) == (0, 0)
+
+
+def test_large_batches_and_full_memory_are_not_recorded(make, device, monkeypatch):
+    from fastllm.models import recordings
+
+    model, _ = make()
+    monkeypatch.setattr(recordings, "MOST_ROWS", 10)
+    train(model, device)
+    assert recorded(model) == (0, 0)
+    monkeypatch.setattr(recordings, "MOST_ROWS", 4096)
+    monkeypatch.setattr(recordings, "free_bytes", lambda device: 1000)
+    train(model, device)
+    assert recorded(model) == (0, 0)
+
+
+def test_a_copied_model_makes_its_own(make, device):
+    model, _ = make()
+    train(model, device)
+    twin = copy.deepcopy(model)
+    assert recorded(twin) == (0, 0)
+    twin(**batch(CONFIG, device=device)).loss.backward()
+
+
+def test_inference_frees_them(make, device):
+    model, _ = make()
+    train(model, device)
+    model.get_base_model().for_inference()
+    assert recorded(model) == (0, 0)
