@@ -35,6 +35,7 @@ from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from .arch import Arch
 from .fused_parts import ACTIVATIONS, activation_name, attention_groups, eps_of, fused_layer, head_group, mlp_groups
+from .length_rounding import lengthen
 from .logits import LazyLogits
 from .memory import ActivationPlanner
 from .mixed_precision import WIDENS, mixed_precision
@@ -361,10 +362,11 @@ def _run_decoder(
     if _is_right_padding(mask, shift_labels) and inputs.get("past_key_values") is None:
         # Causal attention never lets a token see padding to its right.
         inputs["attention_mask"] = None
+    lengthen(inputs, model.config, getattr(model, PLANNER).recordings)
     keep_documents_apart(model.config, inputs)
     with mixed_precision(model):
         outputs = model.model(**inputs)
-    outputs.last_hidden_state = outputs.last_hidden_state.to(device)
+    outputs.last_hidden_state = outputs.last_hidden_state[:, : shift_labels.shape[1]].to(device)
     return shift_labels.to(device), outputs, count
 
 

@@ -51,11 +51,17 @@ class Recordings:
         """How many shapes are recorded."""
         return sum(bool(shape.passes) for shape in self._shapes.values())
 
+    def serves(self, part: str) -> bool:
+        """Whether forwards of a part may be recorded, as far as the last one tells."""
+        return part in self._current and self.is_on
+
     def begin(self, part: str, x: torch.Tensor, nbytes: Callable[[], int]) -> None:
         """Start a forward of a part with the input `x` of its first layer. `nbytes` says what its layers hold."""
-        self._current[part] = None
         can_record = self._record is not None or (x.is_cuda and torch.version.hip is None)
-        if not (self.is_on and can_record and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
+        if not can_record:
+            return
+        self._current[part] = None
+        if not (self.is_on and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
             return
         key = (part, x.shape, x.stride(), x.dtype, x.device, torch.are_deterministic_algorithms_enabled())
         shape = self._shapes.setdefault(key, _Shape())

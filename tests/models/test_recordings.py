@@ -12,7 +12,8 @@ from fastllm.models.model_methods import PLANNER
 from fastllm.models.recordings import Recordings
 
 from ..kernels.repetition import repeat
-from .families import FAMILIES, batch, build, fast_copy, with_lora
+from .families import FAMILIES, build, fast_copy, with_lora
+from .families import batch as batch_of_any_length
 
 CONFIG = FAMILIES["llama"]
 
@@ -33,6 +34,11 @@ def make(device):
         return models
 
     return make
+
+
+def batch(config, *, length=64, **options):
+    """Of a length that is not rounded up."""
+    return batch_of_any_length(config, length=length, **options)
 
 
 def planner_of(model) -> ActivationPlanner:
@@ -109,10 +115,27 @@ def test_gradients_accumulate(make, device):
 
 
 def test_shapes_alternate(make, device):
-    batches = [batch(CONFIG, seed=i, device=device, rows=1 + i % 2, length=17 + i % 3) for i in range(24)]
+    batches = [batch(CONFIG, seed=i, device=device, rows=1 + i % 2, length=64 * (1 + i % 3)) for i in range(24)]
     with_recordings, without = make()
     assert_trained_alike(*(train(model, device, batches=batches) for model in (with_recordings, without)))
     assert recorded(with_recordings) == (6, 24)
+
+
+def test_lengths_are_rounded_up_so_that_shapes_come_again(make, device):
+    """Batches of 8 lengths are of two shapes to the layers; loss, gradients and logits know nothing of it."""
+    lengths = [20, 31, 44, 58, 64, 70, 90, 101]
+    batches = [batch(CONFIG, seed=i, device=device, length=length) for i, length in enumerate(lengths)]
+    with_recordings, without = make()
+    ours, theirs = (train(model, device, batches=batches) for model in (with_recordings, without))
+    torch.testing.assert_close(torch.stack(ours[0]), torch.stack(theirs[0]), rtol=1e-5, atol=0)
+    for left, right in zip(ours[1], theirs[1], strict=True):
+        for name, expected in right.items():
+            torch.testing.assert_close(left[name], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    assert recorded(with_recordings) == (2, 8)
+    inputs = batch(CONFIG, seed=1, device=device, length=31)
+    found, expected = (model(**inputs).logits[:, 3:5].float() for model in (with_recordings, without))
+    assert with_recordings(**inputs).logits.shape[1] == 31
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_positions_and_masks_of_each_batch_count(make, device):
