@@ -1,5 +1,7 @@
 """fastllm.AdamW8bit takes bitsandbytes' steps in few calls: the same bits in every parameter and state."""
 
+import gc
+import weakref
 from copy import deepcopy
 
 import bitsandbytes
@@ -159,6 +161,16 @@ def test_loading_an_earlier_state_takes_the_optimizer_back():
     assert_same_bits(ours, theirs)
 
 
+def test_loading_a_state_frees_the_one_before():
+    optimizer = plain(AdamW8bit, make_parameters())
+    take_steps([optimizer])
+    saved = deepcopy(optimizer.state_dict())
+    before = weakref.ref(next(iter(optimizer._places.values())).chunk)
+    optimizer.load_state_dict(saved)
+    gc.collect()
+    assert before() is None
+
+
 def test_states_that_were_cleared_start_anew():
     pair = both(plain)
     take_steps(pair, 2)
@@ -169,7 +181,8 @@ def test_states_that_were_cleared_start_anew():
     assert pair[0].state[parameters_of(pair[0])[1]]["step"] == 2
 
 
-def test_what_is_not_plain_goes_through_bitsandbytes_own_update(calls):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_not_plain_goes_through_bitsandbytes_own_update(calls, device):
     """Settings of a parameter's own, and one whose values do not lie in order."""
 
     def odd(cls, parameters):
@@ -181,7 +194,7 @@ def test_what_is_not_plain_goes_through_bitsandbytes_own_update(calls):
 
     manager = GlobalOptimManager.get_instance()
     try:
-        ours, theirs = both(odd)
+        ours, theirs = both(odd, device=device)
         take_steps((ours, theirs))
         assert calls == [27392 + 5120 + 4096]
         take_steps((ours, theirs), 3)
