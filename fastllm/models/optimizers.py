@@ -99,6 +99,10 @@ class _Place(NamedTuple):
     state: dict[str, Any]
     state1: Tensor
 
+    def holds(self, p: Tensor, state: dict[str, Any]) -> bool:
+        """Whether this is still the place of a parameter with this state: neither was replaced."""
+        return state is self.state and state.get("state1") is self.state1 and p.dtype is self.chunk.dtype
+
 
 class _InChunks(Optimizer2State):
     """The step of bitsandbytes' AdamW with small 8-bit tensors updated in chunks.
@@ -141,7 +145,7 @@ class _InChunks(Optimizer2State):
             place, state = places.get(p), self.state[p]
             if not self._is_plain(index, position, p):
                 self._update_alone(index, position, group)
-            elif place is not None and state.get("state1") is place.state1 and p.dtype is place.chunk.dtype:
+            elif place is not None and place.holds(p, state):
                 placed.append(place)
             elif self._is_small_8bit(p, state):
                 unplaced.append(position)
