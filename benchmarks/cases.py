@@ -26,7 +26,8 @@ class Case:
 
     `images` gives each sample that many patches of an image. `memory_gib` is all that the process may take of the GPU.
     `from_start` counts the memory peak from the start of the process, loading included; elsewhere the peak is that of
-    training, after a reset, and the peak of loading stands beside it. `seconds` is a generous guess of what a
+    training, after a reset, and the peak of loading stands beside it. With `trainer` the steps are those of TRL's
+    SFTTrainer, elsewhere of a plain loop. `seconds` is a generous guess of what a
     measurement takes on an H200, by which a session chooses what still fits into its time.
     """
 
@@ -39,6 +40,7 @@ class Case:
     images: int = 0
     memory_gib: float = 0.0
     from_start: bool = False
+    trainer: bool = False
     warmup: int = 3
     steps: int = 10
     seconds: int = 60
@@ -46,12 +48,12 @@ class Case:
     @property
     def work(self) -> tuple:
         """What decides the arithmetic of a step: cases that agree in it have one limit."""
-        return self.model, self.bits, self.batch, self.sequence, self.accumulate, self.images
+        return self.model, self.bits, self.batch, self.sequence, self.accumulate, self.images, self.trainer
 
 
 CASES: dict[str, Case] = {
     "qlora-8b": Case("llama-3.1-8b"),
-    "qlora-8b-short": Case("llama-3.1-8b", batch=1, sequence=512, accumulate=4, steps=20),
+    "qlora-8b-short": Case("llama-3.1-8b", batch=1, sequence=512, accumulate=4, trainer=True, steps=20),
     "qlora-8b-32k": Case("llama-3.1-8b", batch=1, sequence=32768, warmup=2, steps=5, seconds=110),
     "qlora-8b-128k": Case("llama-3.1-8b", batch=1, sequence=131072, warmup=1, steps=2, seconds=260),
     "qlora-8b-12g": Case("llama-3.1-8b", memory_gib=12),
@@ -65,6 +67,7 @@ CASES: dict[str, Case] = {
     "vl-7b": Case("qwen2.5-vl-7b", batch=1, sequence=195, rank=8, images=320, steps=20, seconds=70),
     "vl-7b-batch-8": Case("qwen2.5-vl-7b", batch=8, sequence=195, rank=8, images=320, steps=20, seconds=70),
     "smoke": Case("toy", batch=1, sequence=64, warmup=1, steps=2, seconds=1),
+    "smoke-trainer": Case("toy", batch=1, sequence=64, accumulate=4, trainer=True, warmup=1, steps=2, seconds=1),
     "smoke-vl": Case("toy-vl", batch=2, sequence=45, rank=8, images=32, warmup=1, steps=2, seconds=1),
 }
 
@@ -111,7 +114,12 @@ PLANS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "long": (("qlora-8b-32k", ("default", "least")), ("qlora-8b-128k", ("least",))),
     "vision": (("vl-7b", ("default", "least")), ("vl-7b-batch-8", ("default", "least"))),
     "curves": (("curves", CURVES),),
-    "smoke": (("smoke", ("default", "none", "least")), ("smoke-vl", ("least",)), ("curves", ("bfloat16",))),
+    "smoke": (
+        ("smoke", ("default", "none", "least")),
+        ("smoke-trainer", ("default", "none", "least")),
+        ("smoke-vl", ("least",)),
+        ("curves", ("bfloat16",)),
+    ),
 }
 # Loss curves are of these two: the question is whether the fused layers train as plain transformers and PEFT do.
 CURVE_PEERS = ("hf", "fastllm")

@@ -28,20 +28,20 @@ class Setting:
     dtype: str = "bfloat16"
 
 
-def load(peer: str, setting: Setting) -> Any:
-    """The model of a peer, ready to train."""
+def load(peer: str, setting: Setting) -> tuple[Any, Any]:
+    """The model of a peer, ready to train, and the tokenizer or processor that a trainer takes beside it."""
     value = CHECKPOINTING[peer][setting.way]
     if peer in ("unsloth", "fastllm"):
         return _load_unsloth_style(peer, setting, value)
     return _load_hf(peer, setting, bool(value))
 
 
-def _load_unsloth_style(peer: str, setting: Setting, checkpointing: bool | str) -> Any:
+def _load_unsloth_style(peer: str, setting: Setting, checkpointing: bool | str) -> tuple[Any, Any]:
     import torch
 
     module = importlib.import_module(peer)
     library = module.FastVisionModel if setting.vision else module.FastLanguageModel
-    model, _ = library.from_pretrained(
+    model, processing_class = library.from_pretrained(
         setting.model, max_seq_length=max(2048, setting.sequence), dtype=getattr(torch, setting.dtype),
         load_in_4bit=setting.bits == 4, full_finetuning=setting.bits == 0, use_gradient_checkpointing=checkpointing,
     )  # fmt: skip
@@ -52,13 +52,19 @@ def _load_unsloth_style(peer: str, setting: Setting, checkpointing: bool | str) 
             use_gradient_checkpointing=checkpointing, max_seq_length=max(2048, setting.sequence), **targets,
         )  # fmt: skip
     library.for_training(model)
-    return model
+    return model, processing_class
 
 
-def _load_hf(peer: str, setting: Setting, checkpointing: bool) -> Any:
+def _load_hf(peer: str, setting: Setting, checkpointing: bool) -> tuple[Any, Any]:
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+    )
 
     if peer == "liger":
         import liger_kernel.transformers
@@ -89,4 +95,4 @@ def _load_hf(peer: str, setting: Setting, checkpointing: bool) -> Any:
         lora = LoraConfig(r=setting.rank, lora_alpha=setting.rank, target_modules=targets, task_type=task)
         model = get_peft_model(model, lora)
     model.train()
-    return model
+    return model, AutoTokenizer.from_pretrained(setting.model)

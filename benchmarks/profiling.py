@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 # A product with a dimension of at most this is a side product of LoRA: three stacked adapters of rank 16 have 48, and
@@ -74,21 +75,30 @@ def breakdown(slices: Iterable[Slice], longest: int = 15) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profile_step(step: Callable[[], Any]) -> dict[str, Any]:
-    """The breakdown of one call of `step`, or why there is none."""
+@contextmanager
+def profiled(found: dict[str, Any]) -> Iterator[None]:
+    """Put the breakdown of what runs inside into `found`."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities, record_shapes=True) as profiler:
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+    found.update(breakdown(slices_of(profiler.events(), on_gpu)))
+
+
+def profile_step(step: Callable[[], Any]) -> dict[str, Any]:
+    """The breakdown of one call of `step`, or why there is none."""
+    found: dict[str, Any] = {}
     try:
-        with profile(activities=activities, record_shapes=True) as profiler:
+        with profiled(found):
             step()
-            if on_gpu:
-                torch.cuda.synchronize()
-        return breakdown(slices_of(profiler.events(), on_gpu))
     except RuntimeError as error:
         return {"error": str(error).splitlines()[0]}
+    return found
 
 
 def slices_of(events: Any, on_gpu: bool) -> Iterable[Slice]:

@@ -131,7 +131,7 @@ def curve(peer: str, dtype: str, base: Path, size: Size) -> dict[str, Any]:
 
     from .peers import Setting, load
 
-    model = load(peer, Setting(str(base), 4, 16, "none", size.sequence, dtype=dtype))
+    model, _ = load(peer, Setting(str(base), 4, 16, "none", size.sequence, dtype=dtype))
     set_adapters(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)

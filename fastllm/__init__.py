@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _EXPORTS: dict[str, str] = {
+    "AdamW8bit": "fastllm.models.optimizers",
     "FastLanguageModel": "fastllm.models.language",
     "FastModel": "fastllm.models.vision",
     "FastTrainer": "fastllm.trainer",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .compat import PatchFastRL as PatchFastRL
     from .compat import PatchKTOTrainer as PatchKTOTrainer
     from .models.language import FastLanguageModel as FastLanguageModel
+    from .models.optimizers import AdamW8bit as AdamW8bit
     from .models.vision import FastModel as FastModel
     from .models.vision import FastVisionModel as FastVisionModel
     from .trainer import FastTrainer as FastTrainer

@@ -1,4 +1,4 @@
-"""4-bit and 8-bit loading. The only module that imports bitsandbytes."""
+"""4-bit and 8-bit loading. Besides the optimizers, the only module that imports bitsandbytes."""
 
 from __future__ import annotations
 

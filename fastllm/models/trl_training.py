@@ -21,6 +21,8 @@ from .row_list import PackedRows, is_rows, rows_dataset
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 # Rows that are looked at for a trained label; a data set whose first rows have none is refused.
 _ROWS_CHECKED = 256
+# transformers' names of bitsandbytes' AdamW with 8-bit states in GPU memory.
+_8BIT_ADAMW = ("adamw_8bit", "adamw_bnb_8bit")
 
 
 def construct(config: type, original: Callable[..., None], trainer: Any, kwargs: dict[str, Any]) -> None:
@@ -51,6 +53,7 @@ def construct(config: type, original: Callable[..., None], trainer: Any, kwargs:
     with _head_adapter_hidden(base, can_serve_head):
         original(trainer, **kwargs)
     _restore_dtypes(model, dtypes)
+    _update_8bit_adamw_in_chunks(trainer)
     if config.__name__ == "SFTConfig":
         _check_labels(trainer)
         if can_serve_head:
@@ -134,6 +137,30 @@ def _restore_dtypes(model: Any, dtypes: dict[str, Any]) -> None:
         notice(
             f"fastllm: {changed} trainable tensors stay in the dtype get_peft_model gave them (TRL casts them to bf16)"
         )
+
+
+def _update_8bit_adamw_in_chunks(trainer: Any) -> None:
+    """Turn the 8-bit AdamW that this trainer will make into fastllm's. One that the user made stays what it is, and so
+    does one of sharded parameters."""
+    create = trainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+        is_given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+        optimizer = create(*args, **kwargs)
+        is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        if trainer.args.optim in _8BIT_ADAMW and not is_given and not is_sharded:
+            from .optimizers import update_in_chunks
+
+            if update_in_chunks(optimizer):
+                notice(
+                    "fastllm: 8-bit AdamW updates small tensors together, since bitsandbytes launches for each of them "
+                    "and waits: the same bits, and checkpoints of either class serve both",
+                    once="trl:8bit_adamw",
+                )
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
 
 
 def _settle_config(args: Any, base: Any) -> None:

@@ -38,9 +38,16 @@ def test_full_fine_tuning_adds_the_gradients_of_the_weights():
 
 
 def test_accumulation_multiplies_the_step():
-    case = CASES["qlora-8b-short"]
-    once = dataclasses.replace(case, accumulate=1)
+    once = CASES["qlora-8b"]
+    case = dataclasses.replace(once, accumulate=4)
     assert flops_as_seconds(case)["floor_s"] == 4 * flops_as_seconds(once)["floor_s"]
+
+
+def test_the_floor_of_a_trainers_step_has_its_batches_joined():
+    case = CASES["qlora-8b-short"]
+    launches = floor(case, lambda kind, rows, inputs, outputs: 1.0, lambda attention: (0.0, 0.0))
+    assert launches["products_s"] == 2 * (32 * 4 + 1)
+    assert launches["products"][0]["rows"] == 4 * 512
 
 
 def test_the_vision_tower_counts_patches():

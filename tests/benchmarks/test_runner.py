@@ -46,6 +46,16 @@ def test_a_case_from_end_to_end(tmp_path):
     assert [path.name for path in tmp_path.glob("out*")] == ["out.json"]
 
 
+def test_a_case_through_the_trainer(tmp_path):
+    """Steps of an unmodified SFTTrainer, each of four batches, on the same rows for each library."""
+    options = ("--cases", "smoke-trainer", "--ways", "least", "--peers", "fastllm", "hf", "--profile")
+    ours, theirs = benchmark(*options, "--models", tmp_path / "models", "--out", tmp_path / "out.json")["results"]
+    assert ours["trainer"] and ours["losses"] == pytest.approx(theirs["losses"], rel=2e-3)
+    assert len(ours["losses"]) == 3 and ours["step_s"] > 0
+    assert ours["trainable"] == theirs["trainable"] and ours["first_grad_norm"] > 0
+    assert {"gemm", "attention"} <= set(ours["profile"]["classes_ms"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_smoke_plan(tmp_path):
@@ -53,7 +63,7 @@ def test_the_whole_smoke_plan(tmp_path):
     evidence = benchmark(*options, "--out", tmp_path / "out.json")
     assert not [entry for name in ("results", "limits", "curves") for entry in evidence[name] if "error" in entry]
     assert {(r["case"], r["peer"]) for r in evidence["results"]} == {
-        (case, peer) for case in ("smoke", "smoke-vl") for peer in ("fastllm", "hf")
+        (case, peer) for case in ("smoke", "smoke-trainer", "smoke-vl") for peer in ("fastllm", "hf")
     }
     curves = [curve["losses"] for curve in evidence["curves"]]
     assert len(curves) == 2 and curves[0] == pytest.approx(curves[1], rel=1e-3)
