@@ -96,7 +96,9 @@ def attention_reference(
     if mask is None and case.causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # Not -inf: a query of left padding sees nothing, and its softmax would be NaN.
+        lowest = torch.finfo(accumulate).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     return (F.dropout(scores.softmax(-1), dropout) @ wide_v).to(q.dtype)
 
 

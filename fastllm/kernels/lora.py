@@ -150,13 +150,12 @@ def input_grad(
     dx = None if prepared.fp8 is None else fp8_input_grad(dy, prepared.fp8)
     if dy_low_rank is not None and prepared.a is not None:
         if group.has_dropout:
-            if dx is None:
-                dx = torch.zeros(dy.shape[0], group.in_features, dtype=dy.dtype, device=dy.device)
-            for projection, ranks, mask in zip(group.projections, group.rank_slices, masks, strict=True):
-                dx += _dropped(dy_low_rank[:, ranks] @ prepared.a[ranks], mask, projection.dropout)
+            low_rank = _masked_low_rank_grad(group, dy_low_rank, prepared.a, masks)
+            dx = low_rank.to(dy.dtype) if dx is None else dx.add_(low_rank)
         else:
             dx = dy_low_rank @ prepared.a if dx is None else dx.addmm_(dy_low_rank, prepared.a)
-    for rows, weight in prepared.weights:
+    # Every product but the last adds a rounding as large as the sum so far, so the widest comes last.
+    for rows, weight in sorted(prepared.weights, key=lambda part: part[1].shape[0]):
         dx = dy[:, rows] @ weight if dx is None else dx.addmm_(dy[:, rows], weight)
     return dx, dy_low_rank
 
@@ -320,6 +319,21 @@ def _parameter_grad(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype)
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None, probability: float) -> torch.Tensor:
     return x if mask is None else x * mask * (1.0 / (1.0 - probability))
+
+
+def _masked_low_rank_grad(
+    group: ProjectionGroup, dy_low_rank: torch.Tensor, a: torch.Tensor, masks: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    """dY B A [T, K] with each projection's share under its own mask, added up in fp32."""
+    total = None
+    for projection, ranks, mask in zip(group.projections, group.rank_slices, masks, strict=True):
+        if projection.rank:
+            share = matmul_fp32(dy_low_rank[:, ranks], a[ranks])
+            if mask is not None:
+                share.mul_(mask).mul_(1.0 / (1.0 - projection.dropout))
+            total = share if total is None else total.add_(share)
+    assert total is not None
+    return total
 
 
 def _fill_low_rank(group: ProjectionGroup, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -35,12 +35,32 @@ def xformers_ops() -> Any | None:
         return None
 
 
+@functools.cache
+def xformers_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the installed xformers has kernels for a device and dtype. Where its extension is built for another torch
+    or without CUDA it loads all the same, so one small call asks (and is told about once where it fails)."""
+    ops = xformers_ops()
+    if ops is None:
+        return False
+    probe = torch.zeros(1, 8, 1, 64, dtype=dtype, device=device)
+    try:
+        ops.memory_efficient_attention_forward_requires_grad(probe, probe, probe, attn_bias=_bias(True), scale=1.0)
+    except NotImplementedError:
+        warn(
+            f"xformers is installed but has no {str(dtype).removeprefix('torch.')} attention for this GPU and torch, so "
+            "attention goes without it; `python -m xformers.info` shows what it was built for",
+            once=f"xformers:{dtype}",
+        )
+        return False
+    return True
+
+
 def xformers_serves(q: torch.Tensor, dropout: float) -> bool:
     """Whether a case of CUDA queries `q`, fp16 or bf16, can run through xformers here."""
     capability = torch.cuda.get_device_capability(q.device)
     lowest, highest = _CAPABILITIES
     is_covered = lowest <= capability <= highest and (q.dtype == torch.float16 or capability >= (8, 0))
-    if dropout or not is_covered or xformers_ops() is None:
+    if dropout or not is_covered or not xformers_runs(q.device, q.dtype):
         return False
     notice("fastllm: attention runs through xformers, as torch has no flash kernel for it here", once="xformers:used")
     return True

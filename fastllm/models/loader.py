@@ -256,12 +256,25 @@ def _load_weights(request: LoadRequest, source: Source, precision: Precision, de
         if source.has_vision and request.quantization_config is None:
             skipped = spared_by_quantization(auto_class, source.config, request.trust_remote_code)
             precision.quantization.llm_int8_skip_modules = skipped
-    if request.attn_implementation is not None:
-        options["attn_implementation"] = request.attn_implementation
+    attention = _attn_implementation(request, source.config)
+    if attention is not None:
+        options["attn_implementation"] = attention
     return auto_class.from_pretrained(
         source.base, config=source.config, dtype=precision.dtype, device_map=_device_map(request.device_map, device),
         trust_remote_code=request.trust_remote_code, **options, **request.hub,
     )  # fmt: skip
+
+
+def _attn_implementation(request: LoadRequest, config: Any) -> str | None:
+    """transformers' own attention, for what the fast layers leave to it. Its SDPA has no cap for the scores: before
+    transformers 5.2x Gemma 2 ran without its cap there, and was its default; since then it is refused."""
+    wanted, arch = request.attn_implementation, arch_of(config)
+    has_caps = arch is not None and any(getattr(fast, "caps_scores", False) for fast in arch.classes.values())
+    if wanted not in (None, "sdpa") or not has_caps or not config.get_text_config().attn_logit_softcapping:
+        return wanted
+    if wanted is not None:
+        notice("fastllm: attn_implementation='eager' is used: 'sdpa' would leave out the cap of this model's scores")
+    return "eager"
 
 
 def _device_map(device_map: Any, device: Device) -> Any:

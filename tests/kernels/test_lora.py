@@ -21,7 +21,7 @@ JOINED = Limit(1.25, 2.5e-6, rel_max=2.0)
 SEPARATE = Limit(1.5, 2.5e-6, eager=1.1, rel_max=2.0)
 # dX of a group over separate weights rounds after each projection, as eager does, which rounds after each LoRA too.
 GROUP = Limit(1.5, 2.5e-6, eager=1.1, rel_max=2.0)
-# Under autocast eager adds up the projections' shares of dX in fp32; with dropout ours adds them up in 16 bit.
+# Under autocast eager adds up all shares of dX in fp32, ours only those of the LoRA paths under dropout.
 DROPOUT_GROUP = Limit(1.5, 2.5e-6, eager=1.25, rel_max=2.0)
 # dA and dB round where eager's do.
 ADAPTER = Limit(1.5, 2.5e-6, eager=1.05, rel_max=2.0)

@@ -10,7 +10,7 @@ import torch
 
 from fastllm._notices import forget_notices
 from fastllm.kernels.attention import AttentionCase, choose_backend
-from fastllm.kernels.xformers_attention import xformers_ops
+from fastllm.kernels.xformers_attention import xformers_ops, xformers_runs
 
 from ..planting import Bug, plant
 from . import eager
@@ -52,10 +52,12 @@ def memory_efficient_attention_backward(
 @pytest.fixture
 def fresh_lookup():
     """What is installed is looked up once; here it changes."""
-    xformers_ops.cache_clear()
     forget_notices()
+    for known in (xformers_ops, xformers_runs):
+        known.cache_clear()
     yield
-    xformers_ops.cache_clear()
+    for known in (xformers_ops, xformers_runs):
+        known.cache_clear()
 
 
 @pytest.fixture
@@ -74,7 +76,8 @@ def double(monkeypatch, fresh_lookup) -> types.ModuleType:
 
 @pytest.fixture
 def turing(monkeypatch):
-    """A GPU as choose_backend sees it: no flash, no cuDNN; a query, a key and a value on it by shape and dtype."""
+    """A GPU as choose_backend sees it: no flash, no cuDNN; a query, a key and a value on it by shape and dtype. What
+    is tried on their device runs on the CPU."""
     monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *args: None)
     for name, answer in {"flash": False, "cudnn": False, "efficient": True}.items():
         monkeypatch.setattr(torch.backends.cuda, f"can_use_{name}_attention", lambda params, answer=answer: answer)
@@ -83,7 +86,8 @@ def turing(monkeypatch):
 
     def tensors(dtype: torch.dtype = torch.float16, head_dim: int = 64) -> list:
         shapes = [torch.Size((1, n, 32, head_dim)) for n in (8, 2, 2)]
-        return [types.SimpleNamespace(is_cuda=True, dtype=dtype, shape=shape, device="cuda") for shape in shapes]
+        device = torch.device("cpu")
+        return [types.SimpleNamespace(is_cuda=True, dtype=dtype, shape=shape, device=device) for shape in shapes]
 
     return tensors
 
@@ -129,6 +133,18 @@ def test_installed_for_another_torch(turing, double, monkeypatch, capsys):
     assert capsys.readouterr().out.count("does not load") == 1
 
 
+def test_built_without_kernels_for_this_gpu(turing, double, monkeypatch, capsys):
+    """It loads, and refuses every call."""
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
+
+    monkeypatch.setattr(double, "memory_efficient_attention_forward_requires_grad", refuse)
+    for _ in range(2):
+        assert choose_backend(*turing(), AttentionCase(0.125)) == "efficient"
+    assert capsys.readouterr().out.count("has no float16 attention for this GPU and torch") == 1
+
+
 BUGS = {
     "scale_missing": Bug(
         "scale=scaling\n    )\n    return out", "scale=1.0\n    )\n    return out", check_two_functions
@@ -155,8 +171,8 @@ def test_planted_bug_is_noticed(bug, double, device, monkeypatch, tmp_path):
 @pytest.mark.parametrize("shape", [name for name, (*_, width) in SHAPES.items() if width % 8 == 0])
 def test_the_real_one_matches_float64(shape, dtype, causal, device, fresh_lookup):
     pytest.importorskip("xformers.ops")
-    if torch.cuda.get_device_capability() > (9, 0):
-        pytest.skip("xformers has no kernels for this GPU")
+    if not xformers_runs(device, dtype):
+        pytest.skip("the installed xformers has no kernels for this GPU and torch")
     check_two_functions(Setting("auto", dtype, device), shape, None, "xformers", causal=causal)
 
 

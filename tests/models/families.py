@@ -48,7 +48,7 @@ FAMILIES = {
     "gemma": GemmaConfig(**_COMMON, head_dim=24),
     "gemma2": Gemma2Config(
         **_COMMON, head_dim=24, sliding_window=16, query_pre_attn_scalar=40, attn_logit_softcapping=2.0,
-        final_logit_softcapping=3.0,
+        final_logit_softcapping=3.0, attn_implementation="eager",  # SDPA has no cap for the scores
     ),
     "gemma3_text": Gemma3TextConfig(
         **_COMMON, head_dim=24, sliding_window=16, query_pre_attn_scalar=40,
@@ -134,13 +134,18 @@ class Step:
         }
 
 
+def on_device_of(model, inputs):
+    """The inputs where the model is, as trainers put a collator's batch there."""
+    return {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
 def step(model, inputs, *, autocast=None, loss_scale=1.0, seed=3):
     """One differentiated forward; gradients by parameter name."""
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    device = inputs["input_ids"].device.type
-    with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+    inputs = on_device_of(model, inputs)
+    with torch.autocast(model.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         loss = model(**inputs).loss
     (loss * loss_scale).backward()
     grads = {n: p.grad.detach().cpu() / loss_scale for n, p in model.named_parameters() if p.requires_grad}

@@ -45,7 +45,7 @@ def test_moving_the_model_leaves_it(offloaded):
 def test_where_it_stays(checkpoint, tied_checkpoint, messages):
     for folder, reason in ((checkpoint, "the model is in host memory already"), (tied_checkpoint, "it is the head")):
         model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=64, load_in_4bit=False, offload_embedding=True
+            folder, max_seq_length=64, load_in_4bit=False, offload_embedding=True, device_map={"": "cpu"}
         )
         assert f"offload_embedding=True is left out: {reason}" in messages()
         assert not is_offloaded(model.get_input_embeddings())

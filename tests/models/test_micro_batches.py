@@ -66,10 +66,9 @@ def test_the_optimiser_steps_are_the_same(make_trainer, messages):
 
 def test_only_as_many_as_the_rows_lengths_allow(make_trainer, monkeypatch):
     long = [{"text": "why the fox jumps " * 30} for _ in range(8)]  # cut to 64 tokens
-    monkeypatch.setattr(micro_batches, "_ENOUGH_TOKENS", {"cpu": 128})
-    assert batching(make_trainer(long)) == (2, 2)
-    monkeypatch.setattr(micro_batches, "_ENOUGH_TOKENS", {"cpu": 100})
-    assert batching(make_trainer(long)) == (1, 4)
+    for enough, expected in ((128, (2, 2)), (100, (1, 4))):
+        monkeypatch.setattr(micro_batches, "_ENOUGH_TOKENS", {"cpu": enough, "cuda": enough})
+        assert batching(make_trainer(long)) == expected
 
 
 def test_only_as_many_as_memory_has_room_for(make_trainer, monkeypatch):

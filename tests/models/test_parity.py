@@ -128,8 +128,9 @@ def test_nf4_lora_step(family, dtype, device, tmp_path):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     plain = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=quantization, dtype=dtype, device_map={"": str(device)}
-    )
+        tmp_path, quantization_config=quantization, dtype=dtype, device_map={"": str(device)},
+        attn_implementation=config._attn_implementation,
+    )  # fmt: skip
     fast, plain = with_lora(fast_copy(plain)), with_lora(plain)
     assert fast.fast_report().num_fused == config.num_hidden_layers
     ours, theirs = errors_over_batches(

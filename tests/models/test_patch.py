@@ -190,7 +190,7 @@ import fastllm
 from fastllm import FastLanguageModel
 model, tokenizer = FastLanguageModel.from_pretrained({checkpoint!r}, load_in_4bit=False)
 model = FastLanguageModel.get_peft_model(model)
-ids = torch.randint(5, 400, (2, 16))
+ids = torch.randint(5, 400, (2, 16), device=model.device)
 model(input_ids=ids, labels=ids).loss.backward()
 after = snapshot()
 changed = sorted(".".join(key) for key in before if after.get(key) != before[key])

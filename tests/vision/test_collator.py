@@ -11,13 +11,14 @@ from fastllm._errors import ArgumentError, DataError, UnsupportedError
 from fastllm.images import ImageSize, open_image
 from fastllm.trainer import UnslothVisionDataCollator
 from fastllm.vision_data import spread_over_media
+from tests.models.families import on_device_of
 
 from .conftest import Image, picture, row
 
 
 @pytest.fixture(scope="module")
 def loaded(checkpoints):
-    return FastVisionModel.from_pretrained(checkpoints["qwen2_5_vl"], load_in_4bit=False)
+    return FastVisionModel.from_pretrained(checkpoints["qwen2_5_vl"], load_in_4bit=False, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -26,6 +27,10 @@ def collate(loaded):
         return UnslothVisionDataCollator(*loaded, **{"resize": "max", **settings})(rows)
 
     return make
+
+
+def loss_of(batch, loaded):
+    return loaded[0](**on_device_of(loaded[0], batch)).loss
 
 
 def trained_text(batch, loaded, index=0):
@@ -159,9 +164,9 @@ def test_rows_with_two_one_and_no_images_share_a_batch(collate, loaded):
     assert counts.tolist() == [12 + 4, 12, 0] and batch["image_grid_thw"].shape == (3, 3)
     assert trained_text(batch, loaded, 0) == "fox<|im_end|>dog<|im_end|>"
     assert trained_text(batch, loaded, 2) == "the lazy dog<|im_end|>"
-    assert torch.isfinite(loaded[0](**batch).loss)
+    assert torch.isfinite(loss_of(batch, loaded))
     only_text = collate(none)
-    assert "pixel_values" not in only_text and torch.isfinite(loaded[0](**only_text).loss)
+    assert "pixel_values" not in only_text and torch.isfinite(loss_of(only_text, loaded))
 
 
 def test_loss_on_answers(collate, loaded):
@@ -206,7 +211,7 @@ def test_long_rows_lose_text_and_never_image_tokens(collate, loaded, messages):
     batch = collate(late, row(1), max_seq_length=64)
     assert batch["input_ids"].shape[0] == 1 == batch["image_grid_thw"].shape[0]
     assert "row 0 of the batch, 'the quick brown" in (told := messages()) and "left out" in told
-    assert torch.isfinite(loaded[0](**batch).loss)
+    assert torch.isfinite(loss_of(batch, loaded))
     with pytest.raises(DataError, match="no row of the batch has its images and videos within 64 tokens"):
         collate(late, max_seq_length=64)
 

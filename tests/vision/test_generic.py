@@ -17,6 +17,7 @@ from fastllm import FastVisionModel
 from fastllm._errors import UnsupportedError
 from fastllm.trainer import UnslothVisionDataCollator
 from tests.models.conftest import make_tokenizer
+from tests.models.families import on_device_of
 
 from .conftest import TEMPLATE, picture, row
 
@@ -57,7 +58,7 @@ def llava(tmp_path_factory, decoder):
 
 
 def test_it_trains_and_the_report_says_how(llava, decoder, messages):
-    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False, dtype=torch.float32)
     assert ("'llava with olmo2' has no fast classes yet" in messages()) == (decoder == "olmo2")
     model = FastVisionModel.get_peft_model(model, r=4)
     expected = {"llama": "2 of 2 decoder layers fused", "olmo2": "the model runs transformers' own forward"}
@@ -74,15 +75,14 @@ def test_it_trains_and_the_report_says_how(llava, decoder, messages):
     batch = collate([row(0), two, text])
     assert batch["pixel_values"].shape[0] == 3
     assert (batch["input_ids"] == model.config.image_token_index).sum(1).tolist() == [4, 8, 0]
-    loss = model(**batch).loss
-    loss.backward()
+    model(**on_device_of(model, batch)).loss.backward()
     # The tower's last layer is not read: LLaVA takes the features of the one before.
     missing = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert all("vision_tower" in name and "layers.1." in name for name in missing)
 
 
 def test_answers_do_not_depend_on_the_batch(llava):
-    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False, dtype=torch.float32)
     FastVisionModel.for_inference(model)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is in it"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
@@ -96,7 +96,7 @@ def test_answers_do_not_depend_on_the_batch(llava):
 
 
 def test_gguf_is_refused_before_anything_is_written(llava, tmp_path):
-    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False, dtype=torch.float32)
     with pytest.raises(UnsupportedError, match=r"'llava' can't be exported to GGUF[\s\S]*gemma3[\s\S]*qwen2_5_vl"):
         model.export_plan("gguf")
     with pytest.raises(UnsupportedError, match="can't be exported to GGUF"):
@@ -106,7 +106,7 @@ def test_gguf_is_refused_before_anything_is_written(llava, tmp_path):
 
 def test_rows_end_to_end(llava, decoder):
     """With fast classes the rows of a batch may share one; without, that is refused."""
-    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False)
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False, dtype=torch.float32)
     rows = [row(0), {"messages": row(1)["messages"][1:]}, row(2, answer="fox")]
     if decoder == "olmo2":
         with pytest.raises(UnsupportedError, match="nothing keeps the rows of a batch apart in llava"):
@@ -115,4 +115,5 @@ def test_rows_end_to_end(llava, decoder):
     padded, flat = (UnslothVisionDataCollator(model, processor, padding_free=free)(rows) for free in (False, True))
     assert flat["position_ids"].shape == flat["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
     with torch.no_grad():
-        assert float(model(**flat).loss) == pytest.approx(float(model(**padded).loss), rel=1e-6)
+        got, expected = (float(model(**on_device_of(model, each)).loss) for each in (flat, padded))
+    assert got == pytest.approx(expected, rel=1e-6)

@@ -42,7 +42,7 @@ def test_a_vision_model_comes_with_its_processor(checkpoint, family, messages):
     inputs = processor(
         picture(), "<|vision_start|><|image_pad|><|vision_end|>what", add_special_tokens=False, return_tensors="pt"
     )
-    assert model(**inputs).logits.shape[-1] == 512
+    assert model(**inputs.to(model.device)).logits.shape[-1] == 512
     assert processor.tokenizer.padding_side == "left"
     assert f"{family}: {checkpoint}" in messages()
 

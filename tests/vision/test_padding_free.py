@@ -10,7 +10,7 @@ from fastllm import FastVisionModel
 from fastllm._errors import UnsupportedError
 from fastllm.models import blocks
 from fastllm.trainer import UnslothVisionDataCollator
-from tests.models.families import fast_copy, step, with_lora
+from tests.models.families import fast_copy, on_device_of, step, with_lora
 
 from .conftest import picture, row
 from .families import FAMILIES, batch
@@ -20,7 +20,7 @@ from .test_families import TARGETS, build
 @pytest.fixture
 def loaded(checkpoint):
     """(model with adapters away from zero, processor)"""
-    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
+    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, dtype=torch.float32)
     model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=6, use_gradient_checkpointing=False)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -111,7 +111,7 @@ def test_a_row_does_not_see_the_one_before(loaded):
     for seed in (0, 5):
         batch = collate(loaded, [row(seed), row(1, answer="fox")], padding_free=True)
         second = int((batch["position_ids"][0, 0] == 0).nonzero()[1])
-        found.append(model(**batch, output_hidden_states=True).hidden_states[-1])
+        found.append(model(**on_device_of(model, batch), output_hidden_states=True).hidden_states[-1])
     assert found[0][:, second:].equal(found[1][:, second:])
     assert not found[0][:, :second].equal(found[1][:, :second])
 
@@ -120,7 +120,8 @@ def test_evaluation_keeps_rows_apart(loaded):
     model = FastVisionModel.for_inference(loaded[0])
     rows = rows_of_all_kinds()
     with torch.no_grad():
-        got, expected = (model(**collate(loaded, rows, padding_free=free)).loss for free in (True, False))
+        batches = (on_device_of(model, collate(loaded, rows, padding_free=free)) for free in (True, False))
+        got, expected = (model(**each).loss for each in batches)
     assert float(got) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -143,7 +144,7 @@ def test_padding_to_a_multiple_is_a_row_of_its_own(loaded):
         assert torch.equal(batch[name][..., :length], exact[name])
     assert (batch["labels"][:, length:] == -100).all() and (batch["position_ids"][..., length] == 0).all()
     with torch.no_grad():
-        losses = [float(loaded[0](**each).loss) for each in (batch, exact)]
+        losses = [float(loaded[0](**on_device_of(loaded[0], each)).loss) for each in (batch, exact)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

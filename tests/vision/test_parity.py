@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from fastllm import FastVisionModel
 from fastllm.trainer import UnslothVisionDataCollator
-from tests.models.families import Step, float64_twin, step
+from tests.models.families import Step, float64_twin, on_device_of, step
 
 from .conftest import picture, row
 
@@ -28,13 +28,13 @@ def with_weights(model, weights):
 @pytest.fixture
 def pair(checkpoint):
     """(fastllm's model, transformers + PEFT on the same weights, processor), adapters away from zero."""
-    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
+    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, dtype=torch.float32)
     model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=6, use_gradient_checkpointing=False)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    plain = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint).to(model.device)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=model.peft_config["default"].target_modules)
     plain = with_weights(get_peft_model(plain, config), model.state_dict())
     return model, plain, processor
@@ -46,7 +46,7 @@ def batch_of(model, processor, *, seed=0, **settings):
     rows = [row(seed), row(seed + 1, answer="the quick brown fox jumps over", width=48), two, {"messages": [
         {"role": "user", "content": "why"}, {"role": "assistant", "content": "the dog"}]}]  # fmt: skip
     collate = UnslothVisionDataCollator(model, processor, resize="max", train_on_responses_only=True, **settings)
-    return collate(rows)
+    return on_device_of(model, collate(rows))
 
 
 def part_of(found, part):
@@ -124,6 +124,7 @@ def test_greedy_answers_are_those_of_transformers(pair):
         processor(picture(7), text, add_special_tokens=False, return_tensors="pt"),
         processor([picture(8), picture(9, 48, 16)], [text, "fox " + text], padding=True, return_tensors="pt"),
     ):
+        inputs = on_device_of(model, inputs)
         ours, theirs = (m.generate(**inputs, max_new_tokens=16, do_sample=False) for m in (model, plain))
         assert torch.equal(ours, theirs) and ours.shape[1] > inputs["input_ids"].shape[1]
 
@@ -146,7 +147,7 @@ def test_loss_of_a_batch_is_that_of_its_rows(pair):
     def total(batch):
         count = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
-            return float(model(**batch).loss) * count
+            return float(model(**on_device_of(model, batch)).loss) * count
 
     assert total(collate(rows)) == pytest.approx(sum(total(collate([one])) for one in rows), rel=1e-5)
 
@@ -156,7 +157,7 @@ def test_loss_of_a_batch_is_that_of_its_rows(pair):
 @pytest.mark.parametrize("checkpointing", ["unsloth", "offload", True, False])
 def test_16_bit_steps_are_finite_and_close(checkpoint, dtype, load_in_4bit, checkpointing):
     """Every way of holding the base, every checkpointing: the loss of fp32, and a gradient for each adapter."""
-    exact, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
+    exact, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, dtype=torch.float32)
     model, _ = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=load_in_4bit, dtype=dtype)
     model = FastVisionModel.get_peft_model(model, r=4, use_gradient_checkpointing=checkpointing)
     batch = batch_of(model, processor)

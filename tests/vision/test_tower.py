@@ -19,9 +19,9 @@ from .test_parity import batch_of
 PATCHES = {"grid": torch.tensor([[1, 8, 6], [1, 4, 4], [2, 4, 12]]), "channels": 3 * 2 * 4 * 4}
 
 
-def load(checkpoint, *, checkpointing=False, dropout=0.0, **options):
+def load(checkpoint, *, checkpointing=False, dropout=0.0):
     """A model with adapters on its tower and its decoder, away from zero."""
-    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, **options)
+    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, dtype=torch.float32)
     model = FastVisionModel.get_peft_model(model, r=4, lora_dropout=dropout, use_gradient_checkpointing=checkpointing)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -34,18 +34,20 @@ def tower_of(model):
     return unwrapped(model).model.visual
 
 
-def pixels(dtype=torch.float32):
+def pictures(tower, dtype=torch.float32):
+    """Patches of images and a clip of different sizes, and those sizes, where the tower is."""
     count = int(PATCHES["grid"].prod(1).sum())
-    return torch.randn(count, PATCHES["channels"], generator=torch.Generator().manual_seed(4)).to(dtype)
+    patches = torch.randn(count, PATCHES["channels"], generator=torch.Generator().manual_seed(4))
+    return {"hidden_states": patches.to(tower.device, dtype), "grid_thw": PATCHES["grid"].to(tower.device)}
 
 
 def tower_step(model, dtype=torch.float32):
-    """Outputs of the tower for images and a clip of different sizes, and the gradients of its adapters."""
+    """Outputs of the tower, and the gradients of its adapters."""
     tower = tower_of(model)
     model.zero_grad(set_to_none=True)
     torch.manual_seed(6)
-    out = tower(pixels(dtype), grid_thw=PATCHES["grid"]).pooler_output
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    out = tower(**pictures(tower, dtype)).pooler_output
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
     (out * weights).sum().backward()
     return out.detach(), {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
 
@@ -140,7 +142,8 @@ def test_the_plan_of_the_decoder_knows_what_the_tower_holds(checkpoint):
     step(model, batch_of(model, processor))
     assert planner.tower_bytes == 0 and len(planner._plans) == 1
     planner.tower_bytes = 2**30  # a batch of more images, of as many tokens
-    unwrapped(model).model.language_model(inputs_embeds=torch.randn(1, 8, 64, requires_grad=True), use_cache=False)
+    embedded = torch.randn(1, 8, 64, device=model.device, requires_grad=True)
+    unwrapped(model).model.language_model(inputs_embeds=embedded, use_cache=False)
     assert len(planner._plans) == 2
 
 
@@ -173,9 +176,9 @@ def test_outputs_on_request(checkpoint, wanted):
     model, _ = load(checkpoint)
     tower = tower_of(model)
     with torch.no_grad():
-        ours = tower(pixels(), grid_thw=PATCHES["grid"], **{wanted: True})[wanted.removeprefix("output_")]
+        ours = tower(**pictures(tower), **{wanted: True})[wanted.removeprefix("output_")]
         restore(unwrapped(model))
-        theirs = tower(pixels(), grid_thw=PATCHES["grid"], **{wanted: True})[wanted.removeprefix("output_")]
+        theirs = tower(**pictures(tower), **{wanted: True})[wanted.removeprefix("output_")]
     assert len(ours) == len(theirs) > 0
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

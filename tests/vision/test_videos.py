@@ -11,7 +11,7 @@ from fastllm import FastVisionModel
 from fastllm._errors import DataError, MissingPackageError, UnsupportedError
 from fastllm.trainer import UnslothVisionDataCollator
 from fastllm.videos import open_video
-from tests.models.families import step
+from tests.models.families import on_device_of, step
 
 from .conftest import PATCH, picture, row
 from .test_collator import as_bytes, trained_text
@@ -51,7 +51,7 @@ def loaded(request, checkpoint):
     """(model, processor that takes videos)"""
     if request.param == "torchvision":
         pytest.importorskip("torchvision")
-    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
+    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, dtype=torch.float32)
     return model, processor if request.param == "torchvision" else without_torchvision(processor)
 
 
@@ -190,8 +190,8 @@ def test_padding_free_rows_with_videos(collate, loaded, family):
 
 
 def test_greedy_answers_to_videos_are_those_of_transformers(collate, loaded, checkpoint):
-    plain = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-    prompt = collate(mixed_rows()[2])
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint).to(loaded[0].device).eval()
+    prompt = on_device_of(plain, collate(mixed_rows()[2]))
     prompt = {name: value for name, value in prompt.items() if name != "labels"}
     ours, theirs = (
         m.generate(**prompt, max_new_tokens=16, do_sample=False)
