@@ -146,7 +146,8 @@ class Tower:
 
 
 class Segments:
-    """Images, frames or windows that lie end to end, as a case of attention, and the kernel that serves it."""
+    """Images, frames or windows that lie end to end, or whole rows, as a case of attention, and the kernel that serves
+    it."""
 
     def __init__(self, cu_seqlens: torch.Tensor | None, given: tuple[float, float, torch.device]) -> None:
         self.cu_seqlens, self.given = cu_seqlens, given
@@ -160,8 +161,9 @@ class Segments:
     def choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
         key = (q.dtype, q.device, torch.are_deterministic_algorithms_enabled())
         if key not in self._backends:
-            # cuDNN compiles a plan for each new shape, and hardly any image has the size of another.
-            self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=False)
+            # cuDNN compiles a plan for each new shape. Whole rows have few; where sizes are given, hardly any image has
+            # the size of another.
+            self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=self.cu_seqlens is None)
         return self._backends[key]
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, Olmo2Config
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Dinov2Config, LlamaConfig, Olmo2Config
 
 from fastllm.models.arch import arch_of
 from fastllm.models.vision_layout import outside_the_decoder
@@ -119,3 +119,10 @@ def test_a_decoder_without_fast_classes():
     """The model around it then has none either."""
     assert arch_of(llava(LlamaConfig())) is not None
     assert arch_of(llava(Olmo2Config())) is None
+
+
+def test_a_tower_without_fast_classes():
+    """It runs transformers' own forward before the fused decoder, and the report says so."""
+    tower = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    told = str(fast_copy(build(llava(FAMILIES["llava-llama"].text_config, tower))).fast_report())
+    assert "3 of 3 decoder layers fused" in told and "the vision tower runs transformers' own forward" in told
