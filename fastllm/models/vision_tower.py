@@ -77,8 +77,9 @@ def block_forward(otherwise: Forward) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden_states = take_hidden_states(given)
-        block: VisionBlock | str = "its attention weights are wanted"
-        if not attentions_are_collected():
+        lacks_angles = "position_embeddings" in names and given.get("position_embeddings") is None
+        block: VisionBlock | str = "its attention weights are wanted, or it lacks rotary angles"
+        if not (attentions_are_collected() or lacks_angles):
             block = fused_block(self)
         tower: Tower = getattr(self, TOWER)
         if isinstance(block, str):

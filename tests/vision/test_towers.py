@@ -151,6 +151,12 @@ def test_images_end_to_end_need_no_dense_mask(monkeypatch):
     assert [(offsets.device.type, offsets.tolist()) for offsets in made] == [("cpu", [0, 12, 20, 24])]
 
 
+def test_a_rotated_block_is_not_run_without_angles():
+    """transformers' own forward then says what is missing."""
+    with pytest.raises(TypeError):
+        blocks_of(load("pixtral"))[0](torch.randn(1, 4, 32), None)
+
+
 def test_an_image_does_not_see_another():
     model, given = load("pixtral"), pictures("pixtral")
     with torch.no_grad():
