@@ -76,3 +76,9 @@ def composes_angles(rotary_class: Any) -> bool:
     """Whether the rotary module of a model with three positions a token gives one angle a feature. Before transformers
     5.2x each attention layer took all three and chose itself."""
     return hasattr(rotary_class, "recomposition_frequencies")
+
+
+def take_hidden_states(arguments: dict[str, Any]) -> Any:
+    """Remove from the arguments of a vision block, by name, the tensor that it works on. Before transformers 5.20
+    the encoder of Llama 3.2 Vision calls it `hidden_state`."""
+    return arguments.pop("hidden_states" if "hidden_states" in arguments else "hidden_state")

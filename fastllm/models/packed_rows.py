@@ -56,11 +56,16 @@ def window_of(attention_module: Any) -> int:
 
 
 def mask_of_documents(documents: Documents, attention_module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The dense mask [B, 1, S, S] that transformers' own attention wants: bool, or additive for its eager one."""
+    """The dense mask [B, 1, S, S] of causal documents that transformers' own attention wants."""
     seen = documents.on(hidden_states.device).mask(window_of(attention_module))
+    return attention_mask(seen, attention_module, hidden_states.dtype)
+
+
+def attention_mask(seen: torch.Tensor, attention_module: Any, dtype: torch.dtype) -> torch.Tensor:
+    """What each query sees, bool [B, 1, S, S], as transformers' attention takes it: bool, or additive for its eager
+    one."""
     if attention_module.config._attn_implementation != "eager":
         return seen
-    dtype = hidden_states.dtype
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 

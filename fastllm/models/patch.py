@@ -18,7 +18,7 @@ from .fp8_compute import fp8_note
 from .lora_view import FP8_COMPUTE, forget_groups
 from .memory import ActivationPlanner
 from .model_methods import PLANNER, ModelMethods
-from .vision_tower import BLOCK_INDEX, TOWER, attach_tower, fused_block
+from .vision_tower import BLOCK_INDEX, TOWER, attach_tower, fused_block, is_vision_block
 
 _ORIGINAL = "_fastllm_original_class"
 
@@ -64,9 +64,9 @@ def decoder_layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
     return list(model.get_submodule(arch.layers).children())
 
 
-def vision_blocks(model: nn.Module, arch: Arch) -> list[nn.Module]:
-    """The blocks of the vision tower, where it has fast ones."""
-    return list(model.get_submodule(arch.vision_blocks).children()) if arch.vision_blocks else []
+def vision_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The fast blocks of the vision tower by name, in the order in which they are called."""
+    return {name: module for name, module in model.named_modules() if is_vision_block(module)}
 
 
 def adapt(model: nn.Module, arch: Arch | None, planner_setting: bool | str) -> None:
@@ -95,7 +95,7 @@ def adapt(model: nn.Module, arch: Arch | None, planner_setting: bool | str) -> N
     planner = ActivationPlanner(len(layers), planner_setting)
     for module in (model, *layers):
         setattr(module, PLANNER, planner)
-    attach_tower(vision_blocks(model, arch), planner)
+    attach_tower(list(vision_blocks(model).values()), planner)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -138,10 +138,10 @@ def report(model: Any) -> FastReport:
             continue
         layers.append(LayerReport(name, "parts" if parts else "transformers", fused))
     vision = []
-    for index, block in enumerate(vision_blocks(model, arch)):
+    for name, block in vision_blocks(model).items():
         fused = fused_block(block)
         path, reason = ("transformers", fused) if isinstance(fused, str) else ("fused", "")
-        vision.append(LayerReport(f"{arch.vision_blocks}.{index}", path, reason))
+        vision.append(LayerReport(name, path, reason))
     plain_tower = hasattr(model.config, "vision_config") and not vision
     head = head_group(model)
     return FastReport(

@@ -11,7 +11,9 @@ from .._compat import composes_angles
 from .arch import Arch
 from .blocks import decoder_classes, model_class
 from .row_positions import MultimodalPositions
-from .vision_tower import vision_classes
+from .vision_tower import BlockNames, vision_classes
+
+_QWEN_BLOCK = BlockNames("norm1", "attn", "norm2", qkv=("qkv",), output="proj")
 
 
 def vision_language_arch(
@@ -19,8 +21,10 @@ def vision_language_arch(
     original: Any,
     decoder: Mapping[type, type] | None = None,
     row_positions: Callable[[Any], Any] | None = None,
+    vision: Mapping[type, type] | None = None,
 ) -> Arch:
-    """The record of `original`, e.g. `LlavaForConditionalGeneration`. Without `decoder`: around any known decoder.
+    """The record of `original`, e.g. `LlavaForConditionalGeneration`. Without `decoder`: around any known decoder;
+    without `vision`: behind any known vision tower.
 
     `row_positions` of a model counts the positions of rows that are laid end to end, for a collator; None for a family
     whose rows could not be kept apart.
@@ -32,7 +36,7 @@ def vision_language_arch(
     # The fused loss divides by the tokens of the whole optimiser batch; transformers' is left to average.
     fast.accepts_loss_kwargs = True
     fast.row_positions = None if row_positions is None else property(row_positions)
-    return Arch(model_type, model, decoder, layers="model.language_model.layers")
+    return Arch(model_type, model, decoder, layers="model.language_model.layers", vision=vision)
 
 
 def qwen_vl_arch(
@@ -47,4 +51,4 @@ def qwen_vl_arch(
     arch = vision_language_arch(
         model_type, original, decoder, lambda model: MultimodalPositions(type(model.model), model.config)
     )
-    return replace(arch, vision=vision_classes(module, f"{prefix}VisionBlock"), vision_blocks="model.visual.blocks")
+    return replace(arch, vision=vision_classes(module, f"{prefix}VisionBlock", _QWEN_BLOCK))

@@ -1,4 +1,4 @@
-"""Fast blocks of vision towers: pre-norm blocks as Qwen2-VL, Qwen2.5-VL and Qwen3-VL have them, each as one node.
+"""Fast blocks of vision towers: pre-norm blocks as transformers writes them for many families, each as one node.
 
 A tower's blocks are called one after the other with the same segments and angles, so what they share (the attention
 case, the choice of a kernel, the plan of what to keep) is found once a forward.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._compat import attentions_are_collected, has_foreign_hooks
+from .._compat import attentions_are_collected, has_foreign_hooks, take_hidden_states
 from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.dispatch import compute_dtype
 from ..kernels.documents import Documents
@@ -26,55 +28,70 @@ from .fused_parts import ACTIVATIONS
 from .lora_view import CACHE, group_of
 from .memory import ActivationPlanner, block_bytes
 from .model_methods import PLANNER
+from .packed_rows import attention_mask
 
 # Attributes of each block: the tower that it belongs to, and its place there.
 TOWER = "_fastllm_tower"
 BLOCK_INDEX = "_fastllm_block_index"
+# Attention implementations whose result the fused blocks give.
+SERVED_ATTENTION = ("sdpa", "eager")
 # (output of the first half of an MLP, the second half), by their names in transformers.
 _MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"))
 
 
-def vision_classes(module: Any, block: str) -> dict[type, type]:
-    """The fast subclass of the class `block` of a transformers modeling module, e.g. `Qwen2VLVisionBlock`.
+@dataclass(frozen=True, slots=True)
+class BlockNames:
+    """What the blocks of a family call their parts, and their attention its projections."""
 
-    Its instances have `norm1`, `attn` with `qkv` and `proj`, `norm2` and `mlp`, and are called with `cu_seqlens` and
-    `position_embeddings`.
+    norm1: str
+    attention: str
+    norm2: str
+    mlp: str = "mlp"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    output: str = "out_proj"
+
+
+def vision_classes(module: Any, block: str, names: BlockNames) -> dict[type, type]:
+    """The fast subclass of the class `block` of a transformers modeling module, e.g. `SiglipEncoderLayer`.
+
+    Its instances are called with `position_embeddings` where the tower has rotary angles, and learn what each patch
+    sees from `cu_seqlens` (images, frames or windows that lie end to end), from a dense `attention_mask`, or from
+    neither: then a patch sees its whole row.
     """
     original = getattr(module, block)
     attributes = {
         "__module__": __name__,
+        "block_names": names,
         "forward": block_forward(original.forward),
         "gradient_checkpointing": property(lambda self: False, checkpointing_requested),
     }
     return {original: type(original.__name__, (original,), attributes)}
 
 
+def is_vision_block(module: Any) -> bool:
+    return hasattr(type(module), "block_names")
+
+
 def block_forward(otherwise: Forward) -> Forward:
     """A whole vision block as one autograd node, where all its parts can be fused."""
+    names = tuple(inspect.signature(otherwise).parameters)[1:]
 
-    def forward(
-        self: Any,
-        hidden_states: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        block: VisionBlock | str = "its attention weights are wanted"
-        if position_embeddings is not None and not attentions_are_collected():
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        hidden_states = take_hidden_states(given)
+        lacks_angles = "position_embeddings" in names and given.get("position_embeddings") is None
+        block: VisionBlock | str = "its attention weights are wanted, or it lacks rotary angles"
+        if not (attentions_are_collected() or lacks_angles):
             block = fused_block(self)
         tower: Tower = getattr(self, TOWER)
         if isinstance(block, str):
-            call = functools.partial(
-                otherwise, self, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
-            )
+            if "cu_seqlens" not in names:
+                given = _with_dense_mask(self, hidden_states, given)
+            call = functools.partial(otherwise, self, **given)
             if tower.planner.setting is not False and self.training and torch.is_grad_enabled():
                 return torch.utils.checkpoint.checkpoint(call, hidden_states, use_reentrant=False)  # pyright: ignore
             return call(hidden_states)
-        assert position_embeddings is not None
-        cos, sin = (angles.unsqueeze(0) for angles in position_embeddings)
-        segments = tower.segments(cu_seqlens, self.attn, hidden_states.device)
-        recompute = torch.is_grad_enabled() and tower.recomputes(hidden_states, block)
-        call = BlockCall(segments.case, cos, sin, recompute, segments.choose_backend)
+        call = _call_of(self, block, hidden_states, given)
         recorded = tower.recorded(self, hidden_states, block, call)
         return vision_block(hidden_states, block, call) if recorded is None else recorded()
 
@@ -83,28 +100,31 @@ def block_forward(otherwise: Forward) -> Forward:
 
 def fused_block(block: Any) -> VisionBlock | str:
     """The vision block as tensors and numbers, or why it can't run as one node."""
-    attention_module = block.attn
+    names: BlockNames = block.block_names
+    attention_module = getattr(block, names.attention)
     implementation = attention_module.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in SERVED_ATTENTION:
         return f"its attention implementation is {implementation!r}"
     activation = ACTIVATIONS.get(attention_module.config.hidden_act)
     if activation is None:
         return f"its activation is {attention_module.config.hidden_act!r}"
+    if block._parameters:
+        return f"it computes with {' and '.join(block._parameters)} besides"
     for name, module in block._modules.items():
         if has_foreign_hooks(module):
             return f"a forward hook is registered on {name}"
-    norms = [_norm_of(block.norm1), _norm_of(block.norm2)]
-    for name, norm in zip(("norm1", "norm2"), norms, strict=True):
+    norms = [_norm_of(getattr(block, name)) for name in (names.norm1, names.norm2)]
+    for name, norm in zip((names.norm1, names.norm2), norms, strict=True):
         if isinstance(norm, str):
             return f"{name}: {norm}"
-    groups = _groups_of(attention_module, block.mlp)
+    groups = _groups_of(block)
     if isinstance(groups, str):
         return groups
     qkv, output, up, down = groups
     norm1, norm2 = norms
     assert not isinstance(norm1, str) and not isinstance(norm2, str)
     cache = block.__dict__.setdefault(CACHE, {})
-    made_from = (*groups, *(norm.weight for norm in (norm1, norm2)), getattr(norm1, "bias", None))
+    made_from = (*groups, *(tensor for norm in norms for tensor in (norm.weight, getattr(norm, "bias", None))))
     known = cache.get("block")
     if known is not None and all(a is b for a, b in zip(known[0], made_from, strict=True)):
         return known[1]
@@ -121,10 +141,9 @@ class Tower:
         self.planner = planner
         self._segments: collections.deque[Segments] = collections.deque(maxlen=2)  # full attention and windows
 
-    def segments(self, cu_seqlens: torch.Tensor, attention_module: Any, device: torch.device) -> Segments:
-        """The segments that one call of the tower gives to each of its blocks."""
-        module = attention_module
-        given = (module.scaling, module.attention_dropout if module.training else 0.0, device)
+    def segments(self, cu_seqlens: torch.Tensor | None, attention_module: Any, device: torch.device) -> Segments:
+        """The segments that one call of the tower gives to each of its blocks; None: whole rows."""
+        given = (*_scaling_and_dropout(attention_module), device)
         for known in self._segments:
             if known.cu_seqlens is cu_seqlens and known.given == given:
                 return known
@@ -135,7 +154,7 @@ class Tower:
         """Whether the blocks keep their inputs only, in a forward that will be differentiated."""
         kept = self.num_blocks * block_bytes(block, x.dtype)
         inputs = self.num_blocks * x.shape[-1] * x.dtype.itemsize
-        return self.planner.recomputes_tower(x.shape[0], kept, inputs, x.device)
+        return self.planner.recomputes_tower(x.shape[:-1].numel(), kept, inputs, x.device)
 
     def recorded(
         self, module: nn.Module, x: torch.Tensor, block: VisionBlock, call: BlockCall
@@ -143,7 +162,7 @@ class Tower:
         """What runs the block of `module` as a recording, if anything does."""
         recordings, index = self.planner.recordings, getattr(module, BLOCK_INDEX)
         if index == 0:
-            recordings.begin("tower", x, lambda: self.num_blocks * x.shape[0] * block_bytes(block, x.dtype))
+            recordings.begin("tower", x, lambda: self.num_blocks * x.shape[:-1].numel() * block_bytes(block, x.dtype))
         if is_random(block) or has_foreign_hooks(module):
             return None
         dtype = compute_dtype(x, block.qkv.dtype)
@@ -153,20 +172,24 @@ class Tower:
 
 
 class Segments:
-    """Images, frames or windows that lie end to end, as a case of attention, and the kernel that serves it."""
+    """Images, frames or windows that lie end to end, or whole rows, as a case of attention, and the kernel that serves
+    it."""
 
-    def __init__(self, cu_seqlens: torch.Tensor, given: tuple[float, float, torch.device]) -> None:
+    def __init__(self, cu_seqlens: torch.Tensor | None, given: tuple[float, float, torch.device]) -> None:
         self.cu_seqlens, self.given = cu_seqlens, given
         scaling, dropout, device = given
-        documents = None if cu_seqlens.numel() == 2 else Documents.from_cu_seqlens(cu_seqlens).on(device)
+        documents = None
+        if cu_seqlens is not None and cu_seqlens.numel() > 2:
+            documents = Documents.from_cu_seqlens(cu_seqlens).on(device)
         self.case = AttentionCase(scaling, None, dropout, documents=documents, causal=False)
         self._backends: dict[tuple, str] = {}
 
     def choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
         key = (q.dtype, q.device, torch.are_deterministic_algorithms_enabled())
         if key not in self._backends:
-            # cuDNN compiles a plan for each new shape, and hardly any image has the size of another.
-            self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=False)
+            # cuDNN compiles a plan for each new shape. Whole rows have few; where sizes are given, hardly any image has
+            # the size of another.
+            self._backends[key] = choose_backend(q, k, v, case, allow_cudnn=self.cu_seqlens is None)
         return self._backends[key]
 
 
@@ -179,6 +202,44 @@ def attach_tower(blocks: Sequence[nn.Module], planner: ActivationPlanner) -> Non
         setattr(block, PLANNER, planner)
 
 
+def _call_of(block_module: Any, block: VisionBlock, x: torch.Tensor, given: Mapping[str, Any]) -> BlockCall:
+    """What one call of a block asks for, from the arguments that transformers passes."""
+    tower: Tower = getattr(block_module, TOWER)
+    attention_module = getattr(block_module, block_module.block_names.attention)
+    angles = given.get("position_embeddings")
+    cos, sin = (None, None) if angles is None else (part.unsqueeze(0) for part in angles)
+    recompute = torch.is_grad_enabled() and tower.recomputes(x, block)
+    mask = given.get("attention_mask")
+    if mask is None:
+        segments = tower.segments(given.get("cu_seqlens"), attention_module, x.device)
+        return BlockCall(segments.case, cos, sin, recompute, segments.choose_backend)
+    if mask.is_floating_point():
+        mask = mask.to(compute_dtype(x, block.qkv.dtype))
+    scaling, dropout = _scaling_and_dropout(attention_module)
+    return BlockCall(AttentionCase(scaling, mask, dropout, causal=False), cos, sin, recompute)
+
+
+def _with_dense_mask(block_module: Any, x: torch.Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call in which `cu_seqlens` became the mask that transformers' attention wants."""
+    given = dict(given)
+    cu_seqlens = given.pop("cu_seqlens", None)
+    if cu_seqlens is None:
+        return given
+    attention_module = getattr(block_module, block_module.block_names.attention)
+    documents = getattr(block_module, TOWER).segments(cu_seqlens, attention_module, x.device).case.documents
+    if documents is not None:
+        given["attention_mask"] = attention_mask(documents.mask(causal=False), attention_module, x.dtype)
+    return given
+
+
+def _scaling_and_dropout(attention_module: Any) -> tuple[float, float]:
+    """The numbers of an attention, which families call by different names; Llama 3.2 Vision's has no dropout."""
+    module = attention_module
+    scaling = module.scaling if hasattr(module, "scaling") else module.scale
+    rate = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
+    return scaling, rate if module.training else 0.0
+
+
 def _norm_of(module: Any) -> LayerNorm | Norm | str:
     if hasattr(module, "variance_epsilon"):
         return Norm(module.weight, module.variance_epsilon)
@@ -188,18 +249,20 @@ def _norm_of(module: Any) -> LayerNorm | Norm | str:
     return f"it is a {kind.__name__}, not a LayerNorm with weight and bias or an RMSNorm"
 
 
-def _groups_of(attention_module: Any, mlp: Any) -> tuple[ProjectionGroup, ...] | str:
+def _groups_of(block: Any) -> tuple[ProjectionGroup, ...] | str:
     """(qkv; output; up, or gate and up; down), or why they can't be fused."""
-    ups, down = next((names for names in _MLPS if hasattr(mlp, names[1])), ((), ""))
+    names: BlockNames = block.block_names
+    attention_module, mlp = getattr(block, names.attention), getattr(block, names.mlp)
+    ups, down = next((parts for parts in _MLPS if hasattr(mlp, parts[1])), ((), ""))
     if not down:
         return f"its MLP is a {type(mlp).__name__}"
     wanted = (
-        (attention_module, ("qkv",)), (attention_module, ("proj",)), (mlp, ups), (mlp, (down,)),
+        (attention_module, names.qkv), (attention_module, (names.output,)), (mlp, ups), (mlp, (down,)),
     )  # fmt: skip
     groups = []
-    for owner, names in wanted:
-        group = group_of(owner, " ".join(names), [getattr(owner, name) for name in names])
+    for owner, parts in wanted:
+        group = group_of(owner, " ".join(parts), [getattr(owner, part) for part in parts])
         if isinstance(group, str):
-            return f"{' or '.join(names)}: {group}"
+            return f"{' or '.join(parts)}: {group}"
         groups.append(group)
     return tuple(groups)

@@ -32,7 +32,7 @@ SCALING = 0.5
 @dataclass(frozen=True)
 class Spec:
     """A block and its batch. `weights` is "dense", "trained" or "nf4"; `segments` are the lengths of the images that
-    lie end to end, or None for a batch of two whole rows."""
+    lie end to end, or None for a batch of two whole rows; where those are padded, their padding does not see itself."""
 
     segments: tuple[int, ...] | None = (5, 1, 8)
     width: int = 64
@@ -44,6 +44,8 @@ class Spec:
     is_gated: bool = False
     is_merged: bool = True
     is_rotated: bool = True
+    is_padded: bool = False
+    has_bias: bool = True
     weights: str = "dense"
     has_lora: bool = True
     trains_norms: bool = False
@@ -86,7 +88,8 @@ def parameters_of(setting: Setting, spec: Spec) -> dict[str, torch.Tensor]:
             tensors[f"{name}_bias"] = setting.randn(spec.width, scale=0.2, dtype=dtype)
     for i, (name, (rows, columns)) in enumerate(spec.shapes().items()):
         tensors[f"{name}_weight"] = setting.randn(rows, columns, scale=columns**-0.5, dtype=dtype)
-        tensors[f"{name}_bias"] = setting.randn(rows, scale=0.3, dtype=dtype)
+        if spec.has_bias:
+            tensors[f"{name}_bias"] = setting.randn(rows, scale=0.3, dtype=dtype)
         if spec.has_lora:
             rank = 5 + i % 3
             tensors[f"{name}_lora_a"] = setting.randn(rank, columns, scale=columns**-0.5, dtype=dtype)
@@ -118,7 +121,12 @@ def call_of(setting: Setting, spec: Spec) -> BlockCall:
     if spec.segments is not None and len(spec.segments) > 1:
         offsets = torch.tensor([0, *spec.segments]).cumsum(0).to(setting.device)
         documents = Documents.from_cu_seqlens(offsets)
-    case = AttentionCase(spec.head_dim**-0.5, None, spec.attention_dropout, documents=documents, causal=False)
+    mask = None
+    if spec.is_padded:
+        positions, lengths = torch.arange(spec.shape()[-2]), torch.tensor([[5], [3]])
+        is_padding = (positions >= lengths).to(setting.device)
+        mask = ~(is_padding[:, None, :, None] & is_padding[:, None, None, :])
+    case = AttentionCase(spec.head_dim**-0.5, mask, spec.attention_dropout, documents=documents, causal=False)
     cos, sin = angles(setting, spec.shape()[-2], spec.head_dim) if spec.is_rotated else (None, None)
     return BlockCall(case, cos, sin, recompute=spec.recompute)
 
@@ -159,7 +167,7 @@ def eager_block(x: torch.Tensor, spec: Spec, tensors: Tensors, masks: Mapping, c
         q, k = (t.to(v.dtype) for t in turned)
     lengths = [q.shape[2]] if spec.segments is None else list(spec.segments)
     attended = torch.cat([
-        eager.attention(*part, scaling=call.attention.scaling, causal=False)
+        eager.attention(*part, scaling=call.attention.scaling, mask=call.attention.mask, causal=False)
         for part in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
     ], dim=2)  # fmt: skip
     middle = rows + linear(attended.transpose(1, 2).flatten(2), "o")
@@ -223,6 +231,8 @@ SPECS = {
     "qwen3_vl": Spec(activation="gelu_tanh", trains_norms=True),
     "siglip": Spec(segments=None, activation="gelu_tanh", is_merged=False, is_rotated=False),
     "clip_nf4": Spec(segments=None, is_merged=False, is_rotated=False, weights="nf4"),
+    "pixtral": Spec(norm="rms_norm", activation="gelu", is_gated=True, is_merged=False, has_bias=False),
+    "mllama": Spec(segments=None, activation="gelu", is_merged=False, is_rotated=False, is_padded=True),
     "one_image": Spec(segments=(9,)),
     "nf4": Spec(weights="nf4", trains_norms=True),
     "nf4_gated": Spec(weights="nf4", norm="rms_norm", activation="silu", is_gated=True, trains_norms=True),
@@ -244,7 +254,7 @@ def test_matches_float64_in_fp16_kernels(device, name):
     check_block(Setting("triton", torch.float16, device), SPECS[name])
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "all_trained", "dropout_nf4"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "siglip", "pixtral", "mllama", "all_trained", "dropout_nf4"])
 def test_recomputed_matches_float64(setting, name):
     check_block(setting, dataclasses.replace(SPECS[name], recompute=True))
 
@@ -369,7 +379,7 @@ def test_no_patches(fp32, recompute):
     assert all(t.grad is not None and not t.grad.any() for t in tensors.values())
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "siglip", "all_trained"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "siglip", "pixtral", "mllama", "all_trained"])
 def test_reference_is_the_definition(name, device):
     """The reference of the package against the block as Hugging Face writes it, in float64."""
     spec, setting = SPECS[name], Setting("reference", torch.float32, device)

@@ -12,6 +12,7 @@ from transformers import (
     PixtralVisionConfig,
     Qwen2Config,
     Qwen3VLConfig,
+    SiglipVisionConfig,
 )  # fmt: skip
 
 IMAGE = 300
@@ -22,6 +23,8 @@ _TEXT = {
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 _CLIP = CLIPVisionConfig(**_TOWER, image_size=16, patch_size=8, projection_dim=32)
 _PIXTRAL = PixtralVisionConfig(**_TOWER, image_size=32, patch_size=4)
+_PIXTRAL_SIZES = [[8, 24], [16, 8], [8, 8]]
+_SIGLIP = SiglipVisionConfig(**_TOWER, image_size=16, patch_size=8, vision_use_head=False)
 _QWEN = {
     "depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
@@ -29,16 +32,18 @@ _QWEN = {
 }  # fmt: skip
 
 
-def llava(text, tower=_CLIP, **options):
-    """LLaVA around any decoder. It takes the features of the tower's last layer, so that every layer is trained."""
+def llava(text, tower=_CLIP, layer=-1, **options):
+    """LLaVA around any decoder. It takes the features of the tower's last layer, so that every layer is trained, or of
+    others."""
     return LlavaConfig(
-        vision_config=tower, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1, **options
+        vision_config=tower, text_config=text, image_token_index=IMAGE, vision_feature_layer=layer, **options
     )
 
 
 FAMILIES = {
     "llava-llama": llava(LlamaConfig(**_TEXT)),
-    "llava-qwen2": llava(Qwen2Config(**_TEXT)),
+    "llava-qwen2": llava(Qwen2Config(**_TEXT), layer=[-2, -1]),
+    "llava-siglip": llava(LlamaConfig(**_TEXT), _SIGLIP, vision_feature_select_strategy="full"),
     "pixtral": llava(
         MistralConfig(**_TEXT, head_dim=24), _PIXTRAL, vision_feature_select_strategy="full"
     ),
@@ -86,21 +91,22 @@ def cross_attended(length, generator):
 
 
 def images(config, count, generator):
-    """(the inputs of `count` images, tokens of each image)."""
+    """(the inputs of `count` images, the tokens of each)."""
     tower = config.vision_config
     if config.model_type == "qwen3_vl":
         grid = torch.tensor([[1, 4, 6]] * count)
         patches = torch.randn(count * 24, 3 * 2 * tower.patch_size**2, generator=generator)
-        return {"pixel_values": patches, "image_grid_thw": grid}, 6
+        return {"pixel_values": patches, "image_grid_thw": grid}, [6] * count
     if tower.model_type == "pixtral":
         merged = tower.patch_size * (2 if config.model_type == "mistral3" else 1)
-        pixels = torch.randn(count, 3, 8, 24, generator=generator)
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([[8, 24]] * count)}, 8 * 24 // merged**2
+        sizes = torch.tensor(_PIXTRAL_SIZES[:count])
+        pixels = torch.randn(count, 3, *sizes.amax(0), generator=generator)
+        return {"pixel_values": pixels, "image_sizes": sizes}, (sizes.prod(1) // merged**2).tolist()
     pixels = torch.randn(count, 3, tower.image_size, tower.image_size, generator=generator)
     tokens = (
         config.mm_tokens_per_image if config.model_type == "gemma3" else (tower.image_size // tower.patch_size) ** 2
     )
-    return {"pixel_values": pixels}, tokens
+    return {"pixel_values": pixels}, [tokens] * count
 
 
 def batch(config, *, seed=2, length=45):
@@ -108,11 +114,11 @@ def batch(config, *, seed=2, length=45):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 290, (3, length), generator=generator)
     if config.model_type == "mllama":
-        pictures, size = cross_attended(length, generator), 1
+        pictures, sizes = cross_attended(length, generator), [1] * 3
     else:
-        pictures, size = images(config, 3, generator)
+        pictures, sizes = images(config, 3, generator)
     labels = ids.clone()
-    for row, start in ((0, 5), (1, 2), (1, 4 + size)):
+    for row, start, size in zip((0, 1, 1), (5, 2, 4 + sizes[1]), sizes, strict=True):
         ids[row, start : start + size] = IMAGE
     mask = torch.ones_like(ids)
     mask[1, length - 4 :] = 0

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, Olmo2Config
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Dinov2Config, LlamaConfig, Olmo2Config
 
 from fastllm.models.arch import arch_of
 from fastllm.models.vision_layout import outside_the_decoder
@@ -18,7 +18,8 @@ WHOLE = {torch.float32: 1.25, torch.bfloat16: 1.1}
 WORST = 2.0
 BACKSTOP = {torch.float32: 1e-6, torch.bfloat16: 0.0}
 TARGETS = (
-    r".*language_model.*\.(q|k|v|o|gate|up|down)_proj|.*(visual|vision_tower|vision_model).*(qkv|q_proj|fc1|gate_proj)"
+    r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    r"|.*(visual|vision_tower|vision_model).*(blocks|layers).*\.(qkv|proj|(q|k|v|o|out|gate|up|down)_proj|\w*fc[12])"
 )
 
 
@@ -59,7 +60,8 @@ def test_a_step_is_no_farther_from_float64_than_transformers(family, dtype, sett
     assert fast.fast_report().num_fused == text.num_hidden_layers - len(crossing)
     assert ("2 layers run parts: their attention is cross-attention" in str(fast.fast_report())) == bool(crossing)
     assert fast.fast_report().head == "head and loss fused"
-    assert [block.path for block in fast.fast_report().vision] == ["fused"] * (2 if family == "qwen3_vl" else 0)
+    gated = 1 if family == "mllama" else 0  # blocks of its tower
+    assert [block.path for block in fast.fast_report().vision] == ["fused"] * 2 + ["transformers"] * gated
     twin = copy.deepcopy(plain).double()
     squares = {"ours": {}, "theirs": {}}
     autocast = None if dtype is torch.float32 else dtype
@@ -117,3 +119,10 @@ def test_a_decoder_without_fast_classes():
     """The model around it then has none either."""
     assert arch_of(llava(LlamaConfig())) is not None
     assert arch_of(llava(Olmo2Config())) is None
+
+
+def test_a_tower_without_fast_classes():
+    """It runs transformers' own forward before the fused decoder, and the report says so."""
+    tower = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    told = str(fast_copy(build(llava(FAMILIES["llava-llama"].text_config, tower))).fast_report())
+    assert "3 of 3 decoder layers fused" in told and "the vision tower runs transformers' own forward" in told

@@ -62,7 +62,8 @@ def test_it_trains_and_the_report_says_how(llava, decoder, messages):
     assert ("'llava with olmo2' has no fast classes yet" in messages()) == (decoder == "olmo2")
     model = FastVisionModel.get_peft_model(model, r=4)
     expected = {"llama": "2 of 2 decoder layers fused", "olmo2": "the model runs transformers' own forward"}
-    assert expected[decoder] in str(model.fast_report())
+    told = str(model.fast_report())
+    assert expected[decoder] in told and ("2 of 2 vision blocks fused" in told) == (decoder == "llama")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("vision_tower" in name for name in trained) and any("language_model" in name for name in trained)
     assert not any("projector" in name for name in trained)
@@ -79,6 +80,26 @@ def test_it_trains_and_the_report_says_how(llava, decoder, messages):
     # The tower's last layer is not read: LLaVA takes the features of the one before.
     missing = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert all("vision_tower" in name and "layers.1." in name for name in missing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_of_the_last_layer_but_one(llava, checkpointing):
+    """What LLaVA reads from its tower is recorded by transformers: loss and gradients as without fast classes."""
+    steps = []
+    for patch in (True, False):
+        model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False, patch=patch)
+        model = FastVisionModel.get_peft_model(model, r=4, use_gradient_checkpointing=checkpointing)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        loss = model(**UnslothVisionDataCollator(model, processor)([row(0), row(1, answer="fox")])).loss
+        loss.backward()
+        steps.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (ours, our_grads), (theirs, their_grads) = steps
+    assert our_grads.keys() == their_grads.keys() and any("vision_tower" in name for name in our_grads)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(our_grads, their_grads, rtol=1e-3, atol=1e-6)
 
 
 def test_answers_do_not_depend_on_the_batch(llava):

@@ -1,7 +1,4 @@
-"""Gemma 3 with its vision tower. The tokens of an image see each other, through a mask that transformers makes.
-
-The vision tower runs transformers' own forward.
-"""
+"""Gemma 3 with its vision tower. The tokens of an image see each other, through a mask that transformers makes."""
 
 from transformers.models.gemma3 import modeling_gemma3
 

@@ -1,6 +1,5 @@
-"""LLaVA 1.5 and Pixtral 12B, which are one class in transformers: a vision tower before any known language decoder.
-
-The vision tower runs transformers' own forward.
+"""LLaVA 1.5 and Pixtral 12B, which are one class in transformers: any known vision tower before any known language
+decoder.
 """
 
 from transformers.models.llava import modeling_llava

@@ -1,7 +1,4 @@
-"""Mistral Small 3.1 and 3.2: the vision tower of Pixtral, merged patches, and the decoder of Mistral.
-
-The vision tower runs transformers' own forward.
-"""
+"""Mistral Small 3.1 and 3.2: the vision tower of Pixtral, merged patches, and the decoder of Mistral."""
 
 from transformers.models.mistral3 import modeling_mistral3
 
