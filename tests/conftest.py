@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
+# fp32 tests compare all of fp32's bits; cuDNN's convolutions would drop thirteen of them.
+torch.backends.cudnn.allow_tf32 = False
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

@@ -155,7 +155,7 @@ def _quantize_rows_kernel(
     live = cols < columns
     x = tl.load(x_ptr + row * x_stride + cols, mask=live, other=0.0).to(tl.float32)
     if HAS_FACTORS:
-        x *= tl.load(factors_ptr + cols, mask=live, other=0.0)
+        x *= tl.load(factors_ptr + cols, mask=live, other=0.0, eviction_policy="evict_last")  # every row reads them
     # As integers, magnitudes keep their order, and NaN and infinity come last.
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     # 0x600000 is the mantissa of 7/8: up to it, 448 = 7/8 2^9 reaches; the reciprocal has to be a normal number too.

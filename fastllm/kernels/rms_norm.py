@@ -137,10 +137,10 @@ def _rms_norm_fwd_kernel(
         tl.store(sum_ptr + rows[:, None] * sum_stride + cols[None, :], rounded, mask=live)
         x = rounded.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
     w = tl.load(w_ptr + cols, mask=cols < width, other=0.0).to(tl.float32) + offset
     y = x * rstd[:, None] * w[None, :]
     tl.store(y_ptr + rows[:, None] * y_stride + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
 @jit

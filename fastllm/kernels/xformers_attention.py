@@ -47,8 +47,8 @@ def xformers_runs(device: torch.device, dtype: torch.dtype) -> bool:
         ops.memory_efficient_attention_forward_requires_grad(probe, probe, probe, attn_bias=_bias(True), scale=1.0)
     except NotImplementedError:
         warn(
-            f"xformers is installed but has no {str(dtype).removeprefix('torch.')} attention for this GPU and torch: "
-            "attention goes without it; `python -m xformers.info` shows what it was built for",
+            f"xformers is installed but has no {str(dtype).removeprefix('torch.')} attention for this GPU and torch, "
+            "so attention goes without it; `python -m xformers.info` shows what it was built for",
             once=f"xformers:{dtype}",
         )
         return False

@@ -124,7 +124,7 @@ def fused_block(block: Any) -> VisionBlock | str:
     norm1, norm2 = norms
     assert not isinstance(norm1, str) and not isinstance(norm2, str)
     cache = block.__dict__.setdefault(CACHE, {})
-    made_from = (*groups, *(tensor for norm in norms for tensor in (norm.weight, getattr(norm, "bias", None))))
+    made_from = (*groups, *(tensor for norm in (norm1, norm2) for tensor in (norm.weight, getattr(norm, "bias", None))))
     known = cache.get("block")
     if known is not None and all(a is b for a, b in zip(known[0], made_from, strict=True)):
         return known[1]

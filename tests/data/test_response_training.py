@@ -25,7 +25,9 @@ def folder(tmp_path_factory):
 
 def make_trainer(folder, output, **config) -> SFTTrainer:
     """The notebook's path: ShareGPT rows, standardised, rendered to a text column, then masked."""
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), max_seq_length=128, load_in_4bit=False)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=128, load_in_4bit=False, dtype=torch.float32
+    )
     model = FastLanguageModel.get_peft_model(model, r=8, random_state=3407)
     tokenizer = get_chat_template(tokenizer, "chatml")
     data = standardize_sharegpt(Dataset.from_list(ROWS)).map(
@@ -83,7 +85,9 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(folder, tmp_path):
 
 
 def test_loaded_messages_go_straight_into_a_trainer(folder, tmp_path):
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), max_seq_length=128, load_in_4bit=False)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=128, load_in_4bit=False, dtype=torch.float32
+    )
     tokenizer = get_chat_template(tokenizer, "chatml")
     config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
     data = load_chat_data(ROWS, show=False)

@@ -201,4 +201,4 @@ def logprobs(model: Any, inputs: Any) -> torch.Tensor:
     """transformers' log p(next token | conversation), fp64 [V]."""
     model.eval()
     with torch.no_grad():
-        return model(**inputs).logits[0, -1].double().log_softmax(-1)
+        return model(**inputs.to(model.device)).logits[0, -1].cpu().double().log_softmax(-1)

@@ -83,6 +83,17 @@ def test_capped_scores_of_a_mask(setting, kind):
     check_under_autograd(setting, "grouped", kind, softcap=1.5)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 1.5], ids=["plain", "capped"])
+def test_a_query_that_sees_nothing_leaves_no_nan(setting, softcap):
+    """As padding on the left does: whatever it gives is finite, and so is every gradient."""
+    inputs, upstream = heads(setting, "grouped")
+    seen = torch.ones(61, 61, dtype=torch.bool, device=setting.device).tril()
+    seen[:3] = seen[:, :3] = False
+    case = AttentionCase(0.2, seen.expand(2, 1, 61, 61), softcap=softcap)
+    found = run(lambda q, k, v: attention(q, k, v, case), inputs, (upstream,))
+    assert all(value.isfinite().all() for value in found.values())
+
+
 def check_two_functions(
     setting: Setting, shape: str, mask: torch.Tensor | None, backend: str | None = None, *, causal: bool = True
 ) -> None:

@@ -204,10 +204,12 @@ WORDS = ["the fox", "jumps over the lazy dog and asks why the quick brown fox", 
 def sft(checkpoint, folder, *, documents=WORDS, **changes):
     """Losses of three steps and the adapter after them."""
     torch.manual_seed(0)
-    model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, max_seq_length=64, load_in_4bit=False)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        checkpoint, max_seq_length=64, load_in_4bit=False, dtype=torch.float32
+    )
     model = FastLanguageModel.get_peft_model(model, r=4)
     rows = Dataset.from_list([{"text": text} for text in documents])
-    settings = {**CONFIG, "per_device_train_batch_size": 4, "shuffle_dataset": False, **changes}
+    settings = {**CONFIG, "bf16": False, "per_device_train_batch_size": 4, "shuffle_dataset": False, **changes}
     trainer = SFTTrainer(model, SFTConfig(output_dir=str(folder), **settings), None, rows, rows, tokenizer)
     trainer.train()
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -18,9 +18,11 @@ from ..kernels.parity import OverLimit
 from .families import FAMILIES, batch, build, fast_copy, float64_twin, step, with_lora
 
 BATCHES = 6
-LOSS_BATCHES = 32
+LOSS_BATCHES = 64 if torch.cuda.is_available() else 32
 # Both sides round the loss to fp32; within one unit in the last place the comparison is luck.
 FP32_ULP = 2.0**-23
+# An RMS of n errors is known to 1 / sqrt(2 n) of itself, and the ratio of two of them to 1 / sqrt(n).
+LOSS_LUCK = 3 / LOSS_BATCHES**0.5
 # Our distance from float64 at most, as a multiple of transformers' own.
 FACTORS = {"whole": 1.1, "median": 1.1, "p95": 1.1, "worst": 2.0, "loss": 1.1}
 # fp32 gradients differ by the order of sums alone, where neither side's order is privileged.
@@ -59,6 +61,8 @@ def check(ours, theirs, backstop=None):
     allowed["loss"] = max(allowed["loss"], FP32_ULP)
     if backstop == BACKSTOP[torch.float32]:
         allowed["whole"] = FP32_WHOLE * theirs["whole"]
+    else:
+        allowed["loss"] *= 1 + LOSS_LUCK
     if backstop is not None:
         allowed["whole"] = min(allowed["whole"], max(backstop, theirs["whole"]))
     for name, most in allowed.items():

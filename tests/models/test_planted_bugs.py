@@ -44,22 +44,22 @@ BLOCKS = {
         checks("llama", packed),
     ),
     "items_of_this_part_counted": Bug("num_items=num_items,", "num_items=None,", checks("llama", with_num_items)),
-    "query_norm_forgotten": Bug(
-        'query_norm=_norm(heads["q_norm"]) if "q_norm" in heads else None', "query_norm=None", checks("qwen3")
-    ),
     "scores_not_capped": Bug("if module.caps_scores else 0.0", "if False else 0.0", checks("gemma2")),
-    "norm_of_the_attention_taken_for_that_before_the_mlp": Bug(
-        'norms["pre_feedforward_layernorm" if norms_outputs else "post_attention_layernorm"]',
-        'norms["post_attention_layernorm"]', checks("gemma3_text"),
-    ),
-    "norms_of_the_outputs_forgotten": Bug(
-        'norms_outputs = "pre_feedforward_layernorm" in norms', "norms_outputs = False", checks("gemma2")
-    ),
     "windows_forgotten": Bug(
         "window = window if window < documents.length else 0", "window = 0", checks("gemma3_text")
     ),
+}  # fmt: skip
+FUSED_PARTS = {
+    "query_norm_forgotten": Bug('if "q_norm" in heads:', "if False:", checks("qwen3")),
+    "norm_of_the_attention_taken_for_that_before_the_mlp": Bug(
+        'own["pre_feedforward_layernorm" if norms_outputs else "post_attention_layernorm"]',
+        'own["post_attention_layernorm"]', checks("gemma3_text"),
+    ),
+    "norms_of_the_outputs_forgotten": Bug(
+        'norms_outputs = "pre_feedforward_layernorm" in own', "norms_outputs = False", checks("gemma2")
+    ),
     "norms_exchanged": Bug(
-        "input_norm=_norm(layer.input_layernorm)", "input_norm=_norm(layer.post_attention_layernorm)", checks("llama")
+        '"input_norm": own["input_layernorm"]', '"input_norm": own["post_attention_layernorm"]', checks("llama")
     ),
 }  # fmt: skip
 LORA_VIEW = {
@@ -79,7 +79,7 @@ LORA_VIEW = {
     ),
     "bias_ignored": Bug("return Projection(weight, bias)", "return Projection(weight)", checks("qwen2")),
 }  # fmt: skip
-BUGS = {"blocks": BLOCKS, "lora_view": LORA_VIEW}
+BUGS = {"blocks": BLOCKS, "fused_parts": FUSED_PARTS, "lora_view": LORA_VIEW}
 
 
 @pytest.mark.parametrize(("module", "bug"), [

@@ -195,12 +195,12 @@ def test_trl_s_head_and_ours_agree(loaded, tmp_path, monkeypatch):
 @pytest.mark.parametrize("split", [(1, 4), (4, 1)], ids=["accumulated", "whole"])
 def test_gradient_accumulation_in_the_trainer(loaded, tmp_path, split):
     size, steps = split
-    expected, _ = sft_run(
-        *loaded(load_in_4bit=False), tmp_path / "a", per_device_train_batch_size=2, gradient_accumulation_steps=2
-    )
-    got, _ = sft_run(
-        *loaded(load_in_4bit=False), tmp_path / "b", per_device_train_batch_size=size, gradient_accumulation_steps=steps
-    )
+    found = []
+    for rows, parts in ((2, 2), (size, steps)):
+        model, tokenizer = loaded(load_in_4bit=False, dtype=torch.float32)
+        split_as = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, "bf16": False}
+        found.append(sft_run(model, tokenizer, tmp_path / f"{rows}x{parts}", **split_as)[0])
+    expected, got = found
     assert got == pytest.approx(expected, rel=1e-6)
 
 
@@ -323,7 +323,7 @@ def test_fp16_training_has_fp32_adapters(loaded, tmp_path, monkeypatch):
         processing_class=tokenizer,
     )
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(model.device.type, dtype=torch.float16):
         loss = model(**copy.deepcopy(next(iter(trainer.get_train_dataloader())))).loss
     (loss * 1024).backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]

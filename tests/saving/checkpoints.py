@@ -36,11 +36,12 @@ def make_base(folder: Path, family: str, *, dtype=torch.bfloat16, **settings) ->
 
 
 def load(folder, bits: int = 16, **options):
-    """(model, tokenizer) by fastllm, the base held in 4, 8 or 16 bits."""
-    return FastLanguageModel.from_pretrained(str(folder), load_in_4bit=bits == 4, load_in_8bit=bits == 8, **options)
+    """(model, tokenizer) by fastllm, the base held in 4, 8 or 16 bits, computing in fp32 on any machine."""
+    options = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "dtype": torch.float32, **options}
+    return FastLanguageModel.from_pretrained(str(folder), **options)
 
 
-def adapted(folder, bits: int = 16, *, dtype=None, **options):
+def adapted(folder, bits: int = 16, *, dtype=torch.float32, **options):
     """(model with a LoRA whose every part is away from its start, tokenizer)."""
     model, tokenizer = load(folder, bits, dtype=dtype)
     model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, **options)
@@ -54,7 +55,7 @@ def disturb(model, *, seed: int = 1, scale: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:

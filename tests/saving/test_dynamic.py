@@ -56,9 +56,9 @@ def test_moments_are_those_of_a_plain_pass(trained):
     names = {f"model.layers.{layer}.{part}.weight" for layer in range(4) for part in parts}
     assert moments.inputs.keys() == moments.gradients.keys() == names | {"lm_head.weight"}
     with torch.no_grad():
-        hidden = [model(input_ids=chunk, output_hidden_states=True).hidden_states[-1][0] for chunk in chunks]
-    expected = torch.cat(hidden).double().square().mean(0).float()
-    torch.testing.assert_close(moments.inputs["lm_head.weight"], expected, rtol=1e-4, atol=1e-6)
+        outputs = [model(input_ids=chunk.to(model.device), output_hidden_states=True) for chunk in chunks]
+    expected = torch.cat([out.hidden_states[-1][0].cpu() for out in outputs]).double().square().mean(0).float()
+    torch.testing.assert_close(moments.inputs["lm_head.weight"].cpu(), expected, rtol=1e-4, atol=1e-6)
     assert moments.gradients["model.layers.0.mlp.up_proj.weight"].shape == (512,)
     assert moments.inputs["model.layers.0.mlp.down_proj.weight"].shape == (512,)
 

@@ -34,8 +34,8 @@ def test_watched_experts_give_what_transformers_gives(base, options):
     model, _ = adapted(base, dtype=torch.float32, **options) if options else load(base, dtype=torch.float32)
     experts = dict(expert_layers(model))
     assert list(experts) == [f"{'base_model.model.' if options else ''}model.layers.{i}.mlp.experts" for i in (0, 1)]
-    hidden = torch.randn(30, 256, generator=torch.Generator().manual_seed(0))
-    routes = torch.rand(30, 4, generator=torch.Generator().manual_seed(1)).topk(2)
+    hidden = torch.randn(30, 256, generator=torch.Generator().manual_seed(0)).to(model.device)
+    routes = torch.rand(30, 4, generator=torch.Generator().manual_seed(1)).to(model.device).topk(2)
     module, seen = list(experts.values())[1], []
     result = run_experts(module, lambda *what: seen.append(what), hidden, routes.indices, routes.values)
     torch.testing.assert_close(result, module(hidden, routes.indices, routes.values), rtol=1e-5, atol=1e-6)
@@ -58,8 +58,10 @@ def test_inputs_of_an_expert_are_those_of_the_tokens_that_it_met(base):
     for expert in range(4):
         met = rows[(routes == expert).any(-1)]
         assert len(met) >= 32
-        expected = met.double().square().mean(0).float()
-        torch.testing.assert_close(moments.inputs[f"{LAYER}.gate_up_proj"][expert], expected, rtol=2e-2, atol=1e-6)
+        expected = met.double().square().mean(0).float().cpu()
+        torch.testing.assert_close(
+            moments.inputs[f"{LAYER}.gate_up_proj"][expert].cpu(), expected, rtol=2e-2, atol=1e-6
+        )
     inner = module.down_proj.shape[-1]
     assert moments.inputs[f"{LAYER}.down_proj"].shape == (4, inner)
     assert moments.gradients[f"{LAYER}.gate_up_proj"].shape == (4, 2 * inner)
@@ -82,7 +84,7 @@ def test_the_cost_of_experts_is_what_their_rounding_costs(base, stack):
         quantizer = quantizer_of(kind)
         with torch.no_grad():
             for matrix, columns in zip(weight, moments.inputs[f"{LAYER}.{stack}"], strict=True):
-                matrix.copy_(quantizer.decode(quantizer.encode(matrix.float(), columns)))
+                matrix.copy_(quantizer.decode(quantizer.encode(matrix.float(), columns.to(matrix.device))))
         found = [(p.exp() * (p - log_probs(model, chunk))).sum(-1) for p, chunk in zip(exact, chunks, strict=True)]
         with torch.no_grad():
             weight.copy_(before)

@@ -24,8 +24,8 @@ def make_vision_base(folder: Path, family: str) -> Path:
 
 
 def load_vision(folder: Path, bits: int = 16) -> tuple[Any, Any]:
-    """(model, processor) by fastllm, the decoder's linear layers held in 4 or 16 bits."""
-    return FastVisionModel.from_pretrained(str(folder), load_in_4bit=bits == 4)
+    """(model, processor) by fastllm, the decoder's linear layers held in 4 or 16 bits, the rest in fp32."""
+    return FastVisionModel.from_pretrained(str(folder), load_in_4bit=bits == 4, dtype=torch.float32)
 
 
 def adapted_vision(folder: Path, bits: int = 16, **options: Any) -> tuple[Any, Any]:

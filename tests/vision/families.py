@@ -109,7 +109,7 @@ def images(config, count, generator):
     return {"pixel_values": pixels}, [tokens] * count
 
 
-def batch(config, *, seed=2, length=45):
+def batch(config, *, device="cpu", seed=2, length=45):
     """Three rows: one image; two, then padding on the right; none."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 290, (3, length), generator=generator)
@@ -128,4 +128,6 @@ def batch(config, *, seed=2, length=45):
     found = {"input_ids": ids, "attention_mask": mask, "labels": labels, **pictures}
     kinds = (ids == IMAGE).long()
     names = {"qwen3_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}
-    return {**found, names[config.model_type]: kinds} if config.model_type in names else found
+    if config.model_type in names:
+        found[names[config.model_type]] = kinds
+    return {name: value.to(device) for name, value in found.items()}

@@ -23,7 +23,7 @@ TARGETS = (
 )
 
 
-def build(config):
+def build(config, device):
     """A transformers model with weights spread out enough that every part of it matters."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
@@ -34,12 +34,12 @@ def build(config):
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             assert parameter.isfinite().all(), name
-    return model
+    return model.to(device)
 
 
-def pair(family, dtype=torch.float32, setting=False):
+def pair(family, device, dtype=torch.float32, setting=False):
     """(fastllm's model, the same under transformers + PEFT)."""
-    plain = build(FAMILIES[family]).to(dtype)
+    plain = build(FAMILIES[family], device).to(dtype)
     return tuple(with_lora(model, target_modules=TARGETS) for model in (fast_copy(plain, setting=setting), plain))
 
 
@@ -52,9 +52,9 @@ def in_dtype(inputs, dtype):
     ids=["fp32-keep", "fp32-recompute", "bf16-recompute"],
 )  # fmt: skip
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_is_no_farther_from_float64_than_transformers(family, dtype, setting):
+def test_a_step_is_no_farther_from_float64_than_transformers(family, dtype, setting, device):
     config = FAMILIES[family]
-    fast, plain = pair(family, dtype, setting)
+    fast, plain = pair(family, device, dtype, setting)
     text = config.get_text_config()
     crossing = getattr(text, "cross_attention_layers", [])
     assert fast.fast_report().num_fused == text.num_hidden_layers - len(crossing)
@@ -66,7 +66,7 @@ def test_a_step_is_no_farther_from_float64_than_transformers(family, dtype, sett
     squares = {"ours": {}, "theirs": {}}
     autocast = None if dtype is torch.float32 else dtype
     for seed in range(3):
-        inputs = batch(config, seed=seed)
+        inputs = batch(config, device=device, seed=seed)
         truth = step(twin, in_dtype(inputs, torch.float64))
         for name, model in (("ours", fast), ("theirs", plain)):
             found = step(model, in_dtype(inputs, dtype), autocast=autocast)
@@ -83,20 +83,22 @@ def test_a_step_is_no_farther_from_float64_than_transformers(family, dtype, sett
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_a_4_bit_decoder(family, tmp_path):
+def test_a_step_of_a_4_bit_decoder(family, tmp_path, device):
     """The decoder in NF4, all else in fp32."""
     config = FAMILIES[family]
-    model = build(config)
+    model = build(config, device)
     model.save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=outside_the_decoder(model),
     )  # fmt: skip
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32)
+    plain = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, quantization_config=quantization, dtype=torch.float32, device_map={"": str(device)}
+    )
     fast, plain = (with_lora(each, target_modules=TARGETS) for each in (fast_copy(plain, setting=True), plain))
     assert fast.fast_report().num_fused >= 2
     twin = float64_twin(plain, AutoModelForImageTextToText)
-    inputs = batch(config)
+    inputs = batch(config, device=device)
     truth = step(twin, in_dtype(inputs, torch.float64))
     ours, theirs = (step(each, inputs).distance(truth) for each in (fast, plain))
     for kind, factor in {"loss": 1.1, "whole": 1.1, "worst": WORST}.items():
@@ -104,9 +106,9 @@ def test_a_step_of_a_4_bit_decoder(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_transformers(family):
-    fast, plain = pair(family)
-    inputs = {name: value for name, value in batch(FAMILIES[family]).items() if name != "labels"}
+def test_greedy_answers_are_those_of_transformers(family, device):
+    fast, plain = pair(family, device)
+    inputs = {name: value for name, value in batch(FAMILIES[family], device=device).items() if name != "labels"}
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs:  # padding on the left
             inputs[name][1] = inputs[name][1].roll(4)
@@ -121,8 +123,8 @@ def test_a_decoder_without_fast_classes():
     assert arch_of(llava(Olmo2Config())) is None
 
 
-def test_a_tower_without_fast_classes():
+def test_a_tower_without_fast_classes(device):
     """It runs transformers' own forward before the fused decoder, and the report says so."""
     tower = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
-    told = str(fast_copy(build(llava(FAMILIES["llava-llama"].text_config, tower))).fast_report())
+    told = str(fast_copy(build(llava(FAMILIES["llava-llama"].text_config, tower), device)).fast_report())
     assert "3 of 3 decoder layers fused" in told and "the vision tower runs transformers' own forward" in told

@@ -166,19 +166,19 @@ def end_to_end(model, padded):
     """The rows of a padded batch in one."""
     shown, shape = padded["attention_mask"] != 0, padded["input_ids"].shape
     flat = {n: v[shown][None] for n, v in padded.items() if v.shape[:2] == shape and n != "attention_mask"}
-    flat["labels"] = padded["labels"].index_fill(1, torch.tensor([0]), -100)[shown][None]
+    flat["labels"] = padded["labels"].index_fill(1, shown.new_zeros(1, dtype=torch.long), -100)[shown][None]
     rest = {n: v for n, v in padded.items() if v.shape[:2] != shape}
     return {**rest, **flat, "position_ids": model.row_positions(padded)[..., shown].unsqueeze(-2)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_keep_rows_apart(family, cases):
+def test_families_keep_rows_apart(family, cases, device):
     """In every family that can. Gemma 3's images see themselves, and Llama 3.2's text its images, through masks."""
-    model = with_lora(fast_copy(build(FAMILIES[family])), target_modules=TARGETS)
+    model = with_lora(fast_copy(build(FAMILIES[family], device)), target_modules=TARGETS)
     assert (model.row_positions is None) == (family in ("gemma3", "mllama"))
     if model.row_positions is None:
         return
-    padded = batch(FAMILIES[family])
+    padded = batch(FAMILIES[family], device=device)
     expected = step(model, padded)
     cases.clear()
     flat = end_to_end(model, padded)

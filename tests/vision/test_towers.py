@@ -22,6 +22,7 @@ from .test_families import build, in_dtype
 TOWERS = {"siglip": "gemma3", "clip": "llava-llama", "pixtral": "pixtral", "mllama": "mllama"}
 FUSED = 2
 TARGETS = r".*(vision_tower|vision_model).*layers.*\.((q|k|v|o|out|gate|up|down)_proj|fc[12])"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INPUTS = ("pixel_values", "image_sizes", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
@@ -32,7 +33,7 @@ def name(request):
 
 def load(name, *, setting=False, targets=TARGETS, **options):
     """A model with adapters on its tower, away from zero."""
-    model = fast_copy(build(FAMILIES[TOWERS[name]]), setting=setting)
+    model = fast_copy(build(FAMILIES[TOWERS[name]], DEVICE), setting=setting)
     return with_lora(model, target_modules=targets, **options).train()
 
 
@@ -51,7 +52,8 @@ def attention_of(block):
 
 def pictures(name, dtype=torch.float32):
     """Three images: of different sizes for Pixtral, of one and two tiles for Llama 3.2 Vision."""
-    return {key: value for key, value in in_dtype(batch(FAMILIES[TOWERS[name]]), dtype).items() if key in INPUTS}
+    whole = in_dtype(batch(FAMILIES[TOWERS[name]]), dtype)
+    return {key: value.to(DEVICE) for key, value in whole.items() if key in INPUTS}
 
 
 def features(model, name, dtype=torch.float32, **options):
@@ -63,7 +65,7 @@ def tower_step(model, name, dtype=torch.float32):
     model.zero_grad(set_to_none=True)
     torch.manual_seed(6)
     out = features(model, name, dtype)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
     (out * weights).sum().backward()
     return out.detach(), {n: p.grad for n, p in tower_of(model).named_parameters() if p.grad is not None}
 
@@ -154,7 +156,7 @@ def test_images_end_to_end_need_no_dense_mask(monkeypatch):
 def test_a_rotated_block_is_not_run_without_angles():
     """transformers' own forward then says what is missing."""
     with pytest.raises(TypeError):
-        blocks_of(load("pixtral"))[0](torch.randn(1, 4, 32), None)
+        blocks_of(load("pixtral"))[0](torch.randn(1, 4, 32, device=DEVICE), None)
 
 
 def test_an_image_does_not_see_another():
@@ -251,7 +253,7 @@ def test_16_bits_under_autocast(name, dtype):
     ],
 )  # fmt: skip
 def test_every_switch_trains_through_the_fused_blocks(name, switches, kinds):
-    plain = fast_copy(build(FAMILIES[TOWERS[name]]))
+    plain = fast_copy(build(FAMILIES[TOWERS[name]], DEVICE))
     model = FastVisionModel.get_peft_model(plain, r=2, use_gradient_checkpointing=False, **switches).train()
     assert sum(block.path == "fused" for block in model.fast_report().vision) == FUSED
     found = {n for n, p in tower_of(model).named_parameters() if p.requires_grad}

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -17,13 +18,15 @@ from .conftest import picture, row
 
 @pytest.fixture
 def adapted(checkpoints):
-    model, processor = FastVisionModel.from_pretrained(checkpoints["qwen2_5_vl"], load_in_4bit=False)
+    model, processor = FastVisionModel.from_pretrained(
+        checkpoints["qwen2_5_vl"], load_in_4bit=False, dtype=torch.float32
+    )
     return FastVisionModel.get_peft_model(model, r=2), processor
 
 
 def make_trainer(adapted, rows, collator=None, eval_rows=None, **settings):
     model, processor = adapted
-    args = SFTConfig(output_dir="unused", report_to="none", max_steps=2, save_strategy="no", use_cpu=True, **settings)
+    args = SFTConfig(output_dir="unused", report_to="none", max_steps=2, save_strategy="no", bf16=False, **settings)
     return SFTTrainer(
         model=model,
         args=args,
@@ -71,7 +74,9 @@ def test_trl_trains_the_same_padding_free(checkpoints, column, messages, tmp_pat
             each["images"] = [each["messages"][0]["content"][1].pop("image")]
 
     def train(**settings):
-        model, processor = FastVisionModel.from_pretrained(checkpoints["qwen2_5_vl"], load_in_4bit=False)
+        model, processor = FastVisionModel.from_pretrained(
+            checkpoints["qwen2_5_vl"], load_in_4bit=False, dtype=torch.float32
+        )
         adapted = FastVisionModel.get_peft_model(model, r=2), processor
         trainer = make_trainer(
             adapted, rows, eval_rows=rows, per_device_train_batch_size=3, per_device_eval_batch_size=3,

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from fastllm import FastVisionModel
 from fastllm.trainer import UnslothVisionDataCollator
+from tests.models.families import on_device_of
 from tests.models.test_trajectories import STEPS, deviations
 
 from .conftest import picture, row
@@ -46,7 +47,7 @@ def train(model, collate, seed, *, reverse=False, micro_batches=1):
         parts = [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
         count, total = sum(map(trained, parts)), 0.0
         for part in parts:
-            loss = model(**part).loss * (trained(part) / count)
+            loss = model(**on_device_of(model, part)).loss * (trained(part) / count)
             loss.backward()
             total += float(loss.detach())
         losses.append(total)
@@ -58,11 +59,11 @@ def train(model, collate, seed, *, reverse=False, micro_batches=1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])
-def test_inside_twice_the_null_band(checkpoint, padding_free):
-    plain = AutoModelForImageTextToText.from_pretrained(checkpoint)
+def test_inside_twice_the_null_band(checkpoint, padding_free, device):
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint).to(device)
 
     def ours(setting):
-        model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False)
+        model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, dtype=torch.float32)
         model = FastVisionModel.get_peft_model(model, r=4, lora_alpha=6, use_gradient_checkpointing=setting)
         return same_start(model), processor
 
