@@ -11,19 +11,33 @@ from .recordings import MOST_ROWS, Recordings
 # Lengths are rounded up to a multiple of this. A batch that is launched from recordings waits for the host, not for the
 # arithmetic of these tokens.
 _MULTIPLE = 64
+# Inputs with an entry for each token, and those that are there for images and videos.
+_OF_TOKENS = ("input_ids", "mm_token_type_ids")
+_OF_IMAGES = frozenset(
+    {"pixel_values", "image_grid_thw", "image_sizes", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"}
+)
 
 
 def lengthen(inputs: dict[str, Any], config: Any, recordings: Recordings) -> None:
-    """Append padding to the `input_ids` [B, S] of a decoder, where its layers are recorded and nothing but the tokens
-    says what they are: no mask, positions, embeddings or images. Causal attention never sees it; its hidden states are
-    the caller's to drop."""
-    given = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
+    """Append text tokens to the `input_ids` [B, S] of a decoder, where its layers are recorded and nothing but the
+    tokens says what they are: no mask, positions or embeddings. Causal attention never lets the others see them; their
+    hidden states are the caller's to drop."""
+    given = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     if any(inputs.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")):
         return
-    if given != ["input_ids"] or not torch.is_grad_enabled() or not recordings.serves("decoder"):
+    if "input_ids" not in given or not given <= _OF_IMAGES.union(_OF_TOKENS):
         return
-    tokens = inputs["input_ids"]
-    rows, length = tokens.shape
+    rows, length = inputs["input_ids"].shape
     padded = -(-length // _MULTIPLE) * _MULTIPLE
-    if padded != length and rows * padded <= MOST_ROWS:
-        inputs["input_ids"] = torch.nn.functional.pad(tokens, (0, padded - length))
+    if padded == length or rows * padded > MOST_ROWS:
+        return
+    if torch.is_grad_enabled() and recordings.serves("decoder"):
+        fillers = {"input_ids": _text_token(config), "mm_token_type_ids": 0}
+        for name in given.intersection(_OF_TOKENS):
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, padded - length), value=fillers[name])
+
+
+def _text_token(config: Any) -> int:
+    """A token that stands for no image."""
+    special = {value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
+    return next(token for token in range(len(special) + 1) if token not in special)

@@ -19,6 +19,7 @@ from ..kernels.recorded_pass import (
     SharedInputs,
     call_signature,
     obstacle,
+    rounded,
 )
 
 # Rows of a layer's input from which on the GPU is busy for longer than the host takes to launch its kernels.
@@ -29,6 +30,8 @@ _FORWARDS_BEFORE = 2
 # A recording holds its memory from step to step: this part of what was free when the first one was made is for them.
 SHARE_OF_MEMORY = 1 / 8
 _MOST_SHAPES = 16
+# Rows of documents in a single row are rounded up to a multiple of this.
+_ROWS_MULTIPLE = 256
 
 
 class Recordings:
@@ -55,18 +58,36 @@ class Recordings:
         """Whether forwards of a part may be recorded, as far as the last one tells."""
         return part in self._current and self.is_on
 
-    def begin(self, part: str, x: torch.Tensor, nbytes: Callable[[], int]) -> None:
-        """Start a forward of a part with the input `x` of its first layer. `nbytes` says what its layers hold."""
+    def begin(self, part: str, x: torch.Tensor, nbytes: Callable[[], int], *, round_rows: bool = False) -> None:
+        """Start a forward of a part with the input `x` of its first layer. `nbytes` says what its layers hold.
+
+        With `round_rows` one recording serves batches of up to a multiple of so many rows: those whose calls have
+        documents in a single row.
+        """
         can_record = self._record is not None or (x.is_cuda and torch.version.hip is None)
         if not can_record:
             return
         self._current[part] = None
         if not (self.is_on and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
             return
-        key = (part, x.shape, x.stride(), x.dtype, x.device, torch.are_deterministic_algorithms_enabled())
-        shape = self._shapes.setdefault(key, _Shape())
+        rows = -(-x.shape[-2] // _ROWS_MULTIPLE) * _ROWS_MULTIPLE if round_rows else x.shape[-2]
+        key = (
+            part,
+            x.shape[:-2],
+            rows,
+            x.shape[-1],
+            x.stride(),
+            x.dtype,
+            x.device,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        shape = self._shapes.setdefault(key, _Shape(rows if round_rows else None))
         shape.forwards += 1
         if shape.forwards <= _FORWARDS_BEFORE or shape.is_left_alone or shape.is_busy or collects_outputs():
+            return
+        failure = next((known.recorded.failure for known in shape.passes.values() if known.recorded.failure), None)
+        if failure is not None:
+            self._give_up(shape, part, failure)
             return
         if not shape.passes and not self._has_room(shape, nbytes(), x.device):
             shape.is_left_alone = True
@@ -91,13 +112,15 @@ class Recordings:
         shape = self._current.get(part)
         if shape is None:
             return None
-        reason = obstacle(call)
-        if reason is not None:
+        if obstacle(call) is None and shape.rows is not None:
+            call = rounded(call, shape.rows)
+        if call is None or obstacle(call) is not None:
+            self._current[part] = None
             return None
         parameters = layer.parameters() if index not in shape.passes else shape.passes[index].parameters
         needs = (x.requires_grad, *(p is not None and p.requires_grad for p in parameters))
         signature = (
-            *conditions, call_signature(call), needs, [p.data_ptr() for p in parameters if p is not None]
+            *conditions, call_signature(call, shape.shared), needs, [p.data_ptr() for p in parameters if p is not None]
         )  # fmt: skip
         known = shape.passes.get(index)
         if known is not None and (known.layer is not layer or known.signature != signature):
@@ -114,10 +137,8 @@ class Recordings:
                 shape.record = self._record(x.device) if self._record is not None else CudaRecorder(x.device)
             try:
                 recorded = RecordedPass(make_pass(), x, call, needs, shape.shared, shape.record)
-            except NotRecordable as obstacle_:
-                notice(f"fastllm: layers are launched kernel by kernel, since {obstacle_}", once=f"record:{obstacle_}")
-                self._drop(shape, part)
-                shape.is_left_alone = True
+            except (NotRecordable, RuntimeError) as failure:
+                self._give_up(shape, part, str(failure))
                 return None
             known = shape.passes[index] = _Known(recorded, layer, parameters, signature)
         return lambda: known.recorded(x, call, parameters)
@@ -128,6 +149,12 @@ class Recordings:
             shape.clear()
             shape.forwards = 0
         self._current.clear()
+
+    def _give_up(self, shape: _Shape, part: str, reason: str) -> None:
+        line = reason.splitlines()[0]
+        notice(f"fastllm: layers of some batches are launched kernel by kernel, since {line}", once=f"record:{line}")
+        self._drop(shape, part)
+        shape.is_left_alone = True
 
     def _drop(self, shape: _Shape, part: str) -> None:
         shape.clear()
@@ -154,9 +181,10 @@ class _Known:
 
 
 class _Shape:
-    """What is known of one shape of a part's input."""
+    """What is known of one shape of a part's input; with `rows`, of all shapes that are rounded up to so many."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int | None) -> None:
+        self.rows = rows
         self.forwards = 0
         self.is_left_alone = False
         self.clear()
@@ -172,6 +200,6 @@ class _Shape:
 
     def clear(self) -> None:
         self.passes: dict[int, _Known] = {}
-        self.shared = SharedInputs()
+        self.shared = SharedInputs(self.rows)
         self.record: Recorder | None = None
         self.nbytes = 0

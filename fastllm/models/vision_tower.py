@@ -10,7 +10,7 @@ import collections
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,6 +140,7 @@ class Tower:
         self.num_blocks = num_blocks
         self.planner = planner
         self._segments: collections.deque[Segments] = collections.deque(maxlen=2)  # full attention and windows
+        self._single_image: Documents | None = None
 
     def segments(self, cu_seqlens: torch.Tensor | None, attention_module: Any, device: torch.device) -> Segments:
         """The segments that one call of the tower gives to each of its blocks; None: whole rows."""
@@ -161,14 +162,26 @@ class Tower:
     ) -> Callable[[], torch.Tensor] | None:
         """What runs the block of `module` as a recording, if anything does."""
         recordings, index = self.planner.recordings, getattr(module, BLOCK_INDEX)
+        rounds = x.dim() == 2 and call.attention.mask is None  # images end to end
         if index == 0:
-            recordings.begin("tower", x, lambda: self.num_blocks * x.shape[:-1].numel() * block_bytes(block, x.dtype))
+            nbytes = self.num_blocks * x.shape[:-1].numel() * block_bytes(block, x.dtype)
+            recordings.begin("tower", x, lambda: nbytes, round_rows=rounds)
         if is_random(block) or has_foreign_hooks(module):
             return None
+        if rounds:
+            documents = call.attention.documents or self.single_image(x)
+            call = replace(call, attention=replace(call.attention, documents=documents))
         dtype = compute_dtype(x, block.qkv.dtype)
         return recordings.find(
             "tower", index, x, call, block, lambda: BlockPass(block, dtype), conditions=(dtype, call.recompute)
         )
+
+    def single_image(self, x: torch.Tensor) -> Documents:
+        """All rows as one document, made once a forward."""
+        known = self._single_image
+        if known is None or known.length != x.shape[0] or known.cu_seqlens.device != x.device:
+            known = self._single_image = Documents.whole_rows(1, x.shape[0], x.device)
+        return known
 
 
 class Segments:
@@ -185,7 +198,7 @@ class Segments:
         self._backends: dict[tuple, str] = {}
 
     def choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
-        key = (q.dtype, q.device, torch.are_deterministic_algorithms_enabled())
+        key = (q.dtype, q.device, case.documents is None, torch.are_deterministic_algorithms_enabled())
         if key not in self._backends:
             # cuDNN compiles a plan for each new shape. Whole rows have few; where sizes are given, hardly any image has
             # the size of another.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from fastllm.kernels.recorded_pass import CudaRecorder
 from fastllm.models.memory import ActivationPlanner
 from fastllm.models.model_methods import PLANNER
 from fastllm.models.recordings import Recordings
@@ -22,7 +23,9 @@ CONFIG = FAMILIES["llama"]
 def make(device):
     """Makes models that train alike: one that records (on a CPU by repetition), one that does not."""
 
-    def make(config=CONFIG, *, setting=False, dtype=torch.float32):
+    def make(config=CONFIG, *, setting=False):
+        # In fp32 a GPU has no attention kernel that can be called by itself.
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         plain = build(config, device=device, dtype=dtype)
         models = []
         for is_on in (True, False):
@@ -56,14 +59,13 @@ def gradients(model):
 
 
 def assert_alike(left, right):
-    """On a GPU attention's backward adds in an order that changes from run to run."""
+    """On a GPU attention's backward adds in an order that changes from run to run, and steps in bf16 carry that on."""
     assert left.keys() == right.keys() and left
-    for name, expected in right.items():
-        tolerance = {"rtol": 1e-4, "atol": 1e-5 * float(expected.abs().max())} if expected.is_cuda else {}
-        if tolerance:
-            torch.testing.assert_close(left[name], expected, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-        else:
-            assert torch.equal(left[name], expected), name
+    if all(torch.equal(left[name], expected) for name, expected in right.items()):
+        return
+    assert next(iter(right.values())).is_cuda, "not the same bits"
+    difference = sum(float((left[name] - expected).square().sum()) for name, expected in right.items())
+    assert difference < 0.03**2 * sum(float(expected.square().sum()) for expected in right.values())
 
 
 def train(model, device, *, steps=5, batches=None, accumulate=1, config=CONFIG, change=None):
@@ -85,7 +87,8 @@ def train(model, device, *, steps=5, batches=None, accumulate=1, config=CONFIG, 
 
 
 def assert_trained_alike(left, right):
-    torch.testing.assert_close(torch.stack(left[0]), torch.stack(right[0]), rtol=1e-5, atol=0)
+    ours, theirs = (torch.stack(losses) for losses in (left[0], right[0]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5 if ours.device.type == "cpu" else 2e-3, atol=0)
     for ours, theirs in zip(left[1], right[1], strict=True):
         assert_alike(ours, theirs)
 
@@ -97,8 +100,7 @@ def test_training_is_the_same(make, device, family, setting):
     config = FAMILIES[family]
     with_recordings, without = make(config, setting=setting)
     assert_trained_alike(train(with_recordings, device, config=config), train(without, device, config=config))
-    is_served = device.type == "cpu" or family != "gemma2"  # in fp32 no kernel of a GPU has both cap and window
-    assert recorded(with_recordings) == ((1, 4) if is_served else (0, 0)) and recorded(without) == (0, 0)
+    assert recorded(with_recordings) == (1, 4) and recorded(without) == (0, 0)
 
 
 def test_the_report_tells_how_many_shapes_are_recorded(make, device):
@@ -127,15 +129,17 @@ def test_lengths_are_rounded_up_so_that_shapes_come_again(make, device):
     batches = [batch(CONFIG, seed=i, device=device, length=length) for i, length in enumerate(lengths)]
     with_recordings, without = make()
     ours, theirs = (train(model, device, batches=batches) for model in (with_recordings, without))
-    torch.testing.assert_close(torch.stack(ours[0]), torch.stack(theirs[0]), rtol=1e-5, atol=0)
+    tolerance = {"rtol": 1e-5} if device.type == "cpu" else {"rtol": 2e-3}
+    torch.testing.assert_close(torch.stack(ours[0]), torch.stack(theirs[0]), **tolerance, atol=0)
     for left, right in zip(ours[1], theirs[1], strict=True):
         for name, expected in right.items():
-            torch.testing.assert_close(left[name], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+            limit = 1e-5 if device.type == "cpu" else 3e-2
+            assert float((left[name] - expected).norm()) <= limit * float(expected.norm()), name
     assert recorded(with_recordings) == (2, 8)
     inputs = batch(CONFIG, seed=1, device=device, length=31)
     found, expected = (model(**inputs).logits[:, 3:5].float() for model in (with_recordings, without))
     assert with_recordings(**inputs).logits.shape[1] == 31
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_positions_and_masks_of_each_batch_count(make, device):
@@ -234,6 +238,30 @@ def test_a_second_backward_is_refused(make, device):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="freed by an earlier backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("number", [1, 3, 6, 8], ids=["first forward", "third forward", "second backward", "last"])
+def test_what_can_not_be_recorded_runs_without(make, device, messages, number):
+    """Four layers: four recordings of forwards, then four of backwards, of which one fails."""
+    with_recordings, without = make()
+    real = planner_of(with_recordings).recordings._record or CudaRecorder
+    count = 0
+
+    def failing(device):
+        record = real(device)
+
+        def run(function):
+            nonlocal count
+            count += 1
+            if count == number:
+                raise RuntimeError("out of luck")
+            return record(function)
+
+        return run
+
+    planner_of(with_recordings).recordings._record = failing
+    assert_trained_alike(*(train(model, device) for model in (with_recordings, without)))
+    assert recorded(with_recordings) == (0, 0) and messages().count("out of luck") == 1
 
 
 def test_dropout_is_never_recorded(make, device):

@@ -6,23 +6,28 @@ import torch
 from fastllm.models.model_methods import PLANNER
 from fastllm.models.patch import unwrapped
 from fastllm.models.recordings import Recordings
+from fastllm.trainer import UnslothVisionDataCollator
 from tests.kernels.repetition import repeat
 
-from .test_parity import batch_of
+from .conftest import row
 from .test_tower import load
 
 
-def train(checkpoint, device, *, is_on, setting):
-    """Losses and last gradients of a few steps on images of one size, and (parts, layers) that are recorded."""
-    model, processor = load(checkpoint, checkpointing=setting)
+def train(checkpoint, device, *, is_on, setting=False, sizes=(0,) * 5):
+    """Losses and last gradients of a few steps, one for each choice of images, and (parts, layers) recorded."""
+    # In fp32 a GPU has no attention kernel that can be called by itself.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, processor = load(checkpoint, checkpointing=setting, dtype=dtype)
     recordings = Recordings(None if device.type == "cuda" else lambda device: repeat)
     recordings.is_on = is_on
     getattr(unwrapped(model), PLANNER).recordings = recordings
     model.train()
+    collate = UnslothVisionDataCollator(model, processor, resize="max", train_on_responses_only=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
     losses, grads = [], {}
-    for seed in range(5):
-        inputs = {name: value.to(device) for name, value in batch_of(model, processor).items()}
+    for seed, size in enumerate(sizes):
+        rows = [row(size, width=32 + 8 * size), row(size + 1, answer="the fox " * (1 + size), width=48)]
+        inputs = {name: value.to(device) for name, value in collate(rows).items()}
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(inputs["pixel_values"].shape, generator=generator).to(device)
         loss = model(**{**inputs, "pixel_values": noise}).loss
@@ -35,11 +40,27 @@ def train(checkpoint, device, *, is_on, setting):
     return torch.stack(losses), grads, found
 
 
+def assert_alike(losses, expected_losses, grads, expected_grads):
+    is_exact = losses.device.type == "cpu"
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5 if is_exact else 2e-3, atol=0)
+    difference = sum(float((grads[name] - grad).square().sum()) for name, grad in expected_grads.items())
+    total = sum(float(grad.square().sum()) for grad in expected_grads.values())
+    assert grads.keys() == expected_grads.keys()
+    assert difference <= (1e-5 if is_exact else 3e-2) ** 2 * total
+
+
 @pytest.mark.parametrize("setting", [False, True, "fastllm"])
 def test_training_is_the_same(checkpoint, device, setting):
     losses, grads, found = train(checkpoint, device, is_on=True, setting=setting)
     expected_losses, expected_grads, without = train(checkpoint, device, is_on=False, setting=setting)
     assert [part for part, _ in found] == ["tower", "decoder"] and without == []
-    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
-    for name, expected in expected_grads.items():
-        torch.testing.assert_close(grads[name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert_alike(losses, expected_losses, grads, expected_grads)
+
+
+def test_images_of_many_sizes_share_recordings(checkpoint, device):
+    """Rows of the tower and lengths of the decoder are rounded up; what is added changes nothing."""
+    sizes = [0, 1, 2, 3, 4, 5, 6, 0]
+    losses, grads, found = train(checkpoint, device, is_on=True, sizes=sizes)
+    expected_losses, expected_grads, _ = train(checkpoint, device, is_on=False, sizes=sizes)
+    assert [part for part, _ in found] == ["tower", "decoder"], "one shape each"
+    assert_alike(losses, expected_losses, grads, expected_grads)

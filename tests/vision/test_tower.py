@@ -19,9 +19,9 @@ from .test_parity import batch_of
 PATCHES = {"grid": torch.tensor([[1, 8, 6], [1, 4, 4], [2, 4, 12]]), "channels": 3 * 2 * 4 * 4}
 
 
-def load(checkpoint, *, checkpointing=False, dropout=0.0):
+def load(checkpoint, *, checkpointing=False, dropout=0.0, dtype=torch.float32):
     """A model with adapters on its tower and its decoder, away from zero."""
-    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, dtype=torch.float32)
+    model, processor = FastVisionModel.from_pretrained(checkpoint, load_in_4bit=False, dtype=dtype)
     model = FastVisionModel.get_peft_model(model, r=4, lora_dropout=dropout, use_gradient_checkpointing=checkpointing)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
