@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TEXT_PEERS = ("fastllm", "unsloth", "liger", "hf")
-WAYS = ("default", "none", "least")
+WAYS = ("default", "none", "least", "fp8")
 # The ways of holding activations that each peer has: the least memory, no recomputation, and what is used when nothing
 # is asked for. A way whose setting is that of another is measured once.
 CHECKPOINTING: dict[str, dict[str, bool | str]] = {
     "hf": {"least": True, "none": False},
     "liger": {"least": True, "none": False},
     "unsloth": {"least": "unsloth", "none": False},
-    "fastllm": {"least": "offload", "none": False, "default": "fastllm"},
+    "fastllm": {"least": "offload", "none": False, "default": "fastllm", "fp8": "fastllm"},
+}
+# What a way asks of `from_pretrained` besides. FP8 changes the results: it is a way of its own.
+LOADING: dict[tuple[str, str], dict[str, bool]] = {
+    ("fastllm", "least"): {"offload_embedding": True},
+    ("fastllm", "fp8"): {"fp8_compute": True},
 }
 # What a user of each library gets who asks for nothing; those of Hugging Face leave the choice to their users.
 DEFAULT_WAY = {"fastllm": "default", "unsloth": "least"}

@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import CHECKPOINTING
+from .cases import CHECKPOINTING, LOADING
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # The same layers of the decoder and of a vision tower.
@@ -44,6 +44,7 @@ def _load_unsloth_style(peer: str, setting: Setting, checkpointing: bool | str) 
     model, processing_class = library.from_pretrained(
         setting.model, max_seq_length=max(2048, setting.sequence), dtype=getattr(torch, setting.dtype),
         load_in_4bit=setting.bits == 4, full_finetuning=setting.bits == 0, use_gradient_checkpointing=checkpointing,
+        **LOADING.get((peer, setting.way), {}),
     )  # fmt: skip
     if setting.bits:
         targets = {"finetune_vision_layers": True} if setting.vision else {"target_modules": PROJECTIONS}

@@ -19,7 +19,7 @@ from .cases import DEFAULT_WAY
 
 COLORS = {"fastllm": "#1668b8", "unsloth": "#c8671b", "liger": "#5f9137", "hf": "#777777"}
 NAMES = {"fastllm": "fastllm", "unsloth": "Unsloth", "liger": "Liger + PEFT", "hf": "transformers + PEFT"}
-WAYS = {"least": "least memory", "none": "no recomputation", "default": "default"}
+WAYS = {"least": "least memory", "none": "no recomputation", "default": "default", "fp8": "FP8"}
 # (the session's name of a package, the peer whose version it is)
 PACKAGES = {"unsloth": "unsloth", "liger": "liger-kernel", "hf": "transformers"}
 # How far below its point a label of the scatter plot stands.

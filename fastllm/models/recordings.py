@@ -31,7 +31,7 @@ _FORWARDS_BEFORE = 2
 SHARE_OF_MEMORY = 1 / 8
 _MOST_SHAPES = 16
 # Rows of documents in a single row are rounded up to a multiple of this.
-_ROWS_MULTIPLE = 256
+_ROWS_MULTIPLE = 128
 
 
 class Recordings:
@@ -42,12 +42,13 @@ class Recordings:
 
     def __init__(self, record: Callable[[torch.device], Recorder] | None = None) -> None:
         self.is_on = True
+        self.last_batch = (0, 0)  # rows and length, before they are rounded up
         self._record = record
         self._shapes: dict[tuple, _Shape] = {}
         self._current: dict[str, _Shape | None] = {}
 
     def __reduce__(self) -> tuple:
-        return Recordings, ()  # a copied or stored model makes its own
+        return Recordings, (), {"is_on": self.is_on}  # a copied or stored model makes its own
 
     @property
     def count(self) -> int:
@@ -92,7 +93,7 @@ class Recordings:
         if not shape.passes and not self._has_room(shape, nbytes(), x.device):
             shape.is_left_alone = True
             return
-        self._current[part] = shape
+        self._current[part], shape.last_index = shape, -1
 
     def find(
         self,
@@ -112,16 +113,17 @@ class Recordings:
         shape = self._current.get(part)
         if shape is None:
             return None
+        starts_over, shape.last_index = index <= shape.last_index, index
         if obstacle(call) is None and shape.rows is not None:
             call = rounded(call, shape.rows)
-        if call is None or obstacle(call) is not None:
+        # The rest of this forward runs without, too: its layers must not disturb what those before it keep.
+        if starts_over or call is None or obstacle(call) is not None:
             self._current[part] = None
             return None
         parameters = layer.parameters() if index not in shape.passes else shape.passes[index].parameters
         needs = (x.requires_grad, *(p is not None and p.requires_grad for p in parameters))
-        signature = (
-            *conditions, call_signature(call, shape.shared), needs, [p.data_ptr() for p in parameters if p is not None]
-        )  # fmt: skip
+        pointers = [p.data_ptr() for p in parameters if p is not None]
+        signature = (*conditions, shape.shared.shape(x), call_signature(call, shape.shared), needs, pointers)
         known = shape.passes.get(index)
         if known is not None and (known.layer is not layer or known.signature != signature):
             # Something was exchanged or switched: the shape is recorded anew when it has come often enough again.
@@ -185,7 +187,7 @@ class _Shape:
 
     def __init__(self, rows: int | None) -> None:
         self.rows = rows
-        self.forwards = 0
+        self.forwards, self.last_index = 0, -1
         self.is_left_alone = False
         self.clear()
 

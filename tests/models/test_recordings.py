@@ -142,6 +142,13 @@ def test_lengths_are_rounded_up_so_that_shapes_come_again(make, device):
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_a_length_that_repeats_stays_what_it_is(make, device):
+    batches = [batch(CONFIG, seed=seed, device=device, length=29) for seed in range(5)]
+    with_recordings, without = make()
+    assert_trained_alike(*(train(model, device, batches=batches) for model in (with_recordings, without)))
+    assert [key[2] for key, shape in planner_of(with_recordings).recordings._shapes.items() if shape.passes] == [29]
+
+
 def test_positions_and_masks_of_each_batch_count(make, device):
     """Left padding comes with a mask, and packed rows with boundaries: both change from batch to batch."""
     batches = []

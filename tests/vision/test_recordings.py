@@ -46,7 +46,7 @@ def assert_alike(losses, expected_losses, grads, expected_grads):
     difference = sum(float((grads[name] - grad).square().sum()) for name, grad in expected_grads.items())
     total = sum(float(grad.square().sum()) for grad in expected_grads.values())
     assert grads.keys() == expected_grads.keys()
-    assert difference <= (1e-5 if is_exact else 3e-2) ** 2 * total
+    assert difference <= (1e-4 if is_exact else 3e-2) ** 2 * total
 
 
 @pytest.mark.parametrize("setting", [False, True, "fastllm"])
