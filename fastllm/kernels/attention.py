@@ -13,11 +13,13 @@ Source: Dao, "FlashAttention-2", arXiv 2307.08691.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._notices import notice
 from .documents import Documents
@@ -249,12 +251,21 @@ def _differentiable(case: AttentionCase) -> AttentionFunction:
         mask = _dense_mask(case, q)
         if mask is not None:  # no CUDA kernel but cuDNN's takes a mask and grouped heads together
             k, v = _expanded(k, q), _expanded(v, q)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=case.dropout, is_causal=mask is None and case.causal, scale=case.scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        with _sound_kernels(q, mask):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=case.dropout, is_causal=mask is None and case.causal,
+                scale=case.scaling, enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
 
     return capped if case.softcap else sdpa
+
+
+def _sound_kernels(q: torch.Tensor, mask: torch.Tensor | None) -> AbstractContextManager:
+    """Context in which torch leaves cuDNN alone where there is a mask: on Hopper its backward then gives NaN at lengths
+    that are an odd multiple of 64 (https://github.com/pytorch/pytorch/issues/196678)."""
+    if mask is None or not q.is_cuda:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _documents(case: AttentionCase, q: torch.Tensor) -> Documents:

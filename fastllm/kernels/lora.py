@@ -150,10 +150,13 @@ def input_grad(
     dx = None if prepared.fp8 is None else fp8_input_grad(dy, prepared.fp8)
     if dy_low_rank is not None and prepared.a is not None:
         if group.has_dropout:
-            low_rank = _masked_low_rank_grad(group, dy_low_rank, prepared.a, masks)
-            dx = low_rank.to(dy.dtype) if dx is None else dx.add_(low_rank)
-        else:
-            dx = dy_low_rank @ prepared.a if dx is None else dx.addmm_(dy_low_rank, prepared.a)
+            # Each projection has a term of its own, so all are added up before the sum is rounded.
+            total = _masked_low_rank_grad(group, dy_low_rank, prepared.a, masks)
+            terms = [matmul_fp32(dy[:, rows], weight) for rows, weight in prepared.weights]
+            for term in terms if dx is None else [dx]:
+                total += term
+            return total.to(dy.dtype), dy_low_rank
+        dx = dy_low_rank @ prepared.a if dx is None else dx.addmm_(dy_low_rank, prepared.a)
     # Every product but the last adds a rounding as large as the sum so far, so the widest comes last.
     for rows, weight in sorted(prepared.weights, key=lambda part: part[1].shape[0]):
         dx = dy[:, rows] @ weight if dx is None else dx.addmm_(dy[:, rows], weight)

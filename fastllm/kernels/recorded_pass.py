@@ -249,6 +249,9 @@ class RecordedPass:
         y, self._kept, self._backend = self._pass.forward(self._x, self._call)
         if self._backend == "autograd" and y.is_cuda:
             raise NotRecordable("attention runs under autograd")
+        if self._backend == "cudnn" and not self._call.attention.causal:
+            # Some versions read memory that is not theirs: https://github.com/NVIDIA/TransformerEngine/pull/2344
+            raise NotRecordable("cuDNN's attention that sees both ways is not safe in a CUDA graph")
         return [y]
 
     def _run_backward(self) -> Outputs:

@@ -24,7 +24,7 @@ from .model_methods import MERGES_MICRO_BATCHES, PLANNER, TOKENIZER, TRAINED_IN_
 from .modes import checkpoint_blocks
 from .patch import adapt, decoder_layers
 from .processor import load_processor
-from .quantized import bitsandbytes_config, given_config
+from .quantized import bitsandbytes_config, given_config, in_one_dtype
 from .tokenizer import load_tokenizer, settle_tokens
 from .vision_layout import spared_by_quantization
 
@@ -259,10 +259,14 @@ def _load_weights(request: LoadRequest, source: Source, precision: Precision, de
     attention = _attn_implementation(request, source.config)
     if attention is not None:
         options["attn_implementation"] = attention
-    return auto_class.from_pretrained(
+    is_stored_quantized = getattr(source.config, "quantization_config", None) is not None
+    model = auto_class.from_pretrained(
         source.base, config=source.config, dtype=precision.dtype, device_map=_device_map(request.device_map, device),
         trust_remote_code=request.trust_remote_code, **options, **request.hub,
     )  # fmt: skip
+    if is_stored_quantized:
+        in_one_dtype(model, precision.dtype)
+    return model
 
 
 def _attn_implementation(request: LoadRequest, config: Any) -> str | None:

@@ -43,6 +43,20 @@ def given_config(quantization_config: Any) -> Any:
     return quantization_config
 
 
+def in_one_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give the parts of a stored quantized model that are not quantized the dtype it was asked for in.
+
+    transformers casts their biases and leaves their weights as they are stored, so a bf16 checkpoint that is loaded in
+    fp16, as on a T4, would mix the two.
+    """
+    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]  # fmt: skip
+    for name, parameter in model.named_parameters():
+        is_plain = parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if is_plain and parameter.dtype != dtype and not set(kept).intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
 def unpack_cpu_weight(module: Any) -> None:
     """Undo the repacking that bitsandbytes does to a 4-bit layer when it runs in evaluation mode on a CPU with AVX-512:
     the packed layout serves inference only."""

@@ -94,6 +94,21 @@ def test_a_query_that_sees_nothing_leaves_no_nan(setting, softcap):
     assert all(value.isfinite().all() for value in found.values())
 
 
+@pytest.mark.parametrize("length", [64, 128, 192])
+def test_masks_of_every_length_have_finite_gradients(setting, length):
+    """Scores far below zero, as of heads that look away: cuDNN's backward fails with a mask at 64 and 192."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(1, 2, length, 64, generator=generator) * 0.1 for _ in range(4))
+    q[..., 0], k[..., 0] = 1.0, -960.0
+    inputs = {name: t.to(setting.device, setting.dtype) for name, t in zip("qkv", (q, k, v), strict=True)}
+    mask = torch.ones(length, length, dtype=torch.bool, device=setting.device).tril()[None, None]
+    found = run(
+        lambda q, k, v: attention(q, k, v, AttentionCase(0.125, mask)), inputs,
+        (upstream.to(setting.device, setting.dtype),),
+    )  # fmt: skip
+    assert all(value.isfinite().all() for value in found.values())
+
+
 def check_two_functions(
     setting: Setting, shape: str, mask: torch.Tensor | None, backend: str | None = None, *, causal: bool = True
 ) -> None:

@@ -361,7 +361,7 @@ ATTENTION = {
         checks(check_narrowed, "segments", "autograd", on="auto"),
     ),
     "default_scale": Bug(
-        "case.causal, scale=case.scaling,\n            enable_gqa", "case.causal,\n            enable_gqa",
+        "scale=case.scaling, enable_gqa=q", "enable_gqa=q",
         checks(check_under_autograd, "plain", "causal", on="auto"),
     ),
     "key_heads_in_the_wrong_order": Bug(
@@ -418,7 +418,7 @@ LAYER = {
         layer("qwen3"),
     ),
     "other_dropout_when_recomputed": Bug(
-        "with replayed(ctx.rng, x.device):", "with replayed(None, x.device):",
+        "with replayed(rng, x.device):", "with replayed(None, x.device):",
         checks(check_keep_modes, Spec(dropout=0.3, weights="dense"), on="reference"),
     ),
     "dropout_masks_forgotten_when_recomputed": Bug(
@@ -449,7 +449,7 @@ BLOCK = {
     ),
     "gradients_of_a_norm_exchanged": Bug("zip((dw, db), needs", "zip((db, dw), needs", block("qwen3_vl")),
     "other_dropout_when_recomputed": Bug(
-        "with replayed(ctx.rng, x.device):", "with replayed(None, x.device):",
+        "with replayed(rng, x.device):", "with replayed(None, x.device):",
         checks(check_recomputation, dataclasses.replace(BLOCK_SPECS["qwen2_vl"], dropout=0.3), on="reference"),
     ),
     "dropout_masks_forgotten_when_recomputed": Bug(

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from fastllm import FastLanguageModel
 from fastllm.models import merge_plan
 
 from ..models.families import FAMILIES
@@ -247,6 +248,16 @@ def test_merged_4bit_is_a_bitsandbytes_checkpoint(base_of, tmp_path, save_method
     assert weight.dtype == torch.uint8
     assert merged.lm_head.weight.is_floating_point()
     assert divergence(model, merged) < 0.2
+
+
+def test_a_stored_4bit_model_is_of_one_dtype_in_any_dtype(base_of, tmp_path):
+    """As on a T4, where checkpoints of bf16 are loaded in fp16: norms, head and biases alike, and it computes."""
+    model, tokenizer = adapted(base_of("qwen2"), bits=4)
+    folder = model.save_pretrained_merged(tmp_path / "nf4", tokenizer, save_method="merged_4bit")
+    again, _ = FastLanguageModel.from_pretrained(str(folder), dtype=torch.bfloat16)
+    assert {p.dtype for p in again.parameters()} == {torch.uint8, torch.bfloat16}
+    with torch.no_grad():
+        assert again(torch.tensor([[5, 6, 7]], device=again.device)).logits.dtype == torch.bfloat16
 
 
 def test_an_unadapted_model_is_a_copy_of_its_base(base_of, tmp_path):
