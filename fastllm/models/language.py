@@ -109,7 +109,7 @@ class FastLanguageModel:
                 results: each product is off by 3.6 % (L2). LoRA, norms, attention and the head stay in bf16. It does
                 not read checkpoints stored in FP8, which `load_in_fp8` asks for.
             cuda_graphs: layers of batches of up to 4,096 tokens are launched as CUDA graphs from the third batch of a
-                shape on, where they fit into an eighth of the free memory. The results are the same.
+                shape on, where memory is left beside the largest batch. The results are the same.
             **options: `quantization_config`, `attn_implementation`, `config`, `tokenizer_name`, and transformers'
                 download options (`cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `proxies`).
 

@@ -19,7 +19,7 @@ from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.kept_weights import KeptWeights
 from ..kernels.layer_definition import DecoderLayer, Keep
 from ..kernels.vision_block import VisionBlock
-from .recordings import MOST_ROWS, SHARE_OF_MEMORY, Recordings
+from .recordings import MOST_ROWS, Recordings
 from .weight_keeping import WeightKeeper
 
 GIB = 2**30
@@ -158,7 +158,10 @@ class ActivationPlanner:
         if (bucket, beside) not in self._plans:
             self._plans[bucket, beside] = self._make_plan(layer, bucket, x.device, x.dtype)
         self._plan = self._plans[bucket, beside]
-        self.recordings.begin("decoder", x, lambda: self._recorded_bytes(layer, tokens, x.dtype))
+        kept = self._plan.count(Keep.ALL)
+        self.recordings.begin(
+            "decoder", x, lambda: _recorded_bytes(LayerBytes.of(layer, x.dtype), tokens, self.num_layers, kept)
+        )
 
     def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:
         """The plan of batches of up to `tokens`. Also settles how many layers keep their weights beside it."""
@@ -183,22 +186,15 @@ class ActivationPlanner:
             on_device = max(1, min(count, int(budget // max(1, sizes.layer_input * tokens))))
         plan = [floor] * (recomputed - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
         spare = budget - count * (sizes.layer_input + sizes.stash) * tokens if kept == count else 0
-        spare -= SHARE_OF_MEMORY * free if tokens <= MOST_ROWS else 0
+        spare -= _recorded_bytes(sizes, tokens, count, count) if tokens <= MOST_ROWS else 0
         self._weights.allow(spare, sizes.kept_weights, device, f"a batch of up to {tokens:,} tokens takes the memory")
-        self._tell(plan, tokens, sizes, free)
+        held = tokens * (kept * sizes.stash + (count - plan.count(Keep.OFFLOADED_INPUT)) * sizes.layer_input)
+        self.recordings.beside = max(self.recordings.beside, held + sizes.transient(tokens))
+        self._tell(plan, tokens, sizes, held, free)
         return plan
 
-    def _recorded_bytes(self, layer: DecoderLayer, tokens: int, dtype: torch.dtype) -> int:
-        """What the layers hold from step to step where their launches are recorded."""
-        sizes = LayerBytes.of(layer, dtype)
-        stash = self._plan.count(Keep.ALL) * sizes.stash
-        return tokens * (stash + self.num_layers * sizes.layer_input + sizes.backward) + sizes.weights
-
-    def _tell(self, plan: list[Keep], tokens: int, sizes: LayerBytes, free: int) -> None:
+    def _tell(self, plan: list[Keep], tokens: int, sizes: LayerBytes, held: int, free: int) -> None:
         counts = {keep: plan.count(keep) for keep in Keep}
-        held = tokens * (
-            counts[Keep.ALL] * sizes.stash + (len(plan) - counts[Keep.OFFLOADED_INPUT]) * sizes.layer_input
-        )
         parts = ", ".join(f"{counts[keep]} {keep.value}" for keep in Keep if counts[keep])
         if self._weights.num_layers:
             parts += f"; {self._weights.num_layers} keep their dequantised weights"
@@ -245,6 +241,11 @@ class LayerBytes:
         """The most that is alive at once besides what the layers keep: a layer's backward, or the head's chunks."""
         head = tokens * 2 * self.layer_input + 3 * 2**28
         return max(tokens * self.backward + self.weights, head)
+
+
+def _recorded_bytes(sizes: LayerBytes, tokens: int, layers: int, kept: int) -> int:
+    """What the layers hold from step to step where their launches are recorded and `kept` of them keep everything."""
+    return tokens * (kept * sizes.stash + layers * sizes.layer_input + sizes.backward) + sizes.weights
 
 
 def block_bytes(block: VisionBlock, dtype: torch.dtype) -> int:

@@ -27,8 +27,6 @@ MOST_ROWS = 4096
 # A shape is recorded when it comes for the third time: recording takes about as long as two forwards, and what is
 # compiled at a first call must not be compiled in a recording.
 _FORWARDS_BEFORE = 2
-# A recording holds its memory from step to step: this part of what was free when the first one was made is for them.
-SHARE_OF_MEMORY = 1 / 8
 _MOST_SHAPES = 16
 # Rows of documents in a single row are rounded up to a multiple of this.
 _ROWS_MULTIPLE = 128
@@ -43,6 +41,7 @@ class Recordings:
     def __init__(self, record: Callable[[torch.device], Recorder] | None = None) -> None:
         self.is_on = True
         self.last_batch = (0, 0)  # rows and length, before they are rounded up
+        self.beside = 0  # bytes that the largest batch so far takes without recordings
         self._record = record
         self._shapes: dict[tuple, _Shape] = {}
         self._current: dict[str, _Shape | None] = {}
@@ -90,7 +89,7 @@ class Recordings:
         if failure is not None:
             self._give_up(shape, part, failure)
             return
-        if not shape.passes and not self._has_room(shape, nbytes(), x.device):
+        if not shape.passes and not self._has_room(nbytes(), x.device):
             shape.is_left_alone = True
             return
         self._current[part], shape.last_index = shape, -1
@@ -163,12 +162,10 @@ class Recordings:
         shape.forwards = 0
         self._current[part] = None
 
-    def _has_room(self, wanted: _Shape, nbytes: int, device: torch.device) -> bool:
-        held = sum(shape.nbytes for shape in self._shapes.values())
-        if self.count >= _MOST_SHAPES or nbytes > SHARE_OF_MEMORY * (free_bytes(device) + held) - held:
-            return False
-        wanted.nbytes = nbytes
-        return True
+    def _has_room(self, nbytes: int, device: torch.device) -> bool:
+        """Whether a recording, which holds its memory from step to step, leaves enough for batches without one."""
+        free = free_bytes(device)
+        return self.count < _MOST_SHAPES and nbytes <= min(free // 2, free - self.beside)
 
 
 class _Known:
@@ -204,4 +201,3 @@ class _Shape:
         self.passes: dict[int, _Known] = {}
         self.shared = SharedInputs(self.rows)
         self.record: Recorder | None = None
-        self.nbytes = 0

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig
 
 from fastllm.kernels.recorded_pass import CudaRecorder
-from fastllm.models.memory import ActivationPlanner
+from fastllm.models.fused_parts import fused_layer
+from fastllm.models.memory import ActivationPlanner, LayerBytes
 from fastllm.models.model_methods import PLANNER
 from fastllm.models.recordings import Recordings
 
@@ -288,9 +289,21 @@ def test_large_batches_and_full_memory_are_not_recorded(make, device, monkeypatc
     train(model, device)
     assert recorded(model) == (0, 0)
     monkeypatch.setattr(recordings, "MOST_ROWS", 4096)
-    monkeypatch.setattr(recordings, "free_bytes", lambda device: 1000)
+    with monkeypatch.context() as full:
+        full.setattr(recordings, "free_bytes", lambda device: 1000)
+        train(model, device)
+    assert recorded(model) == (0, 0)
+    planner_of(model).recordings = Recordings(planner_of(model).recordings._record)
+    planner_of(model).recordings.beside = 2**60  # a batch of another shape, seen before, takes it all
     train(model, device)
     assert recorded(model) == (0, 0)
+
+
+def test_the_plan_leaves_room_for_its_largest_batch(make, device):
+    model, _ = make(setting="fastllm")
+    train(model, device, batches=[batch(CONFIG, device=device, rows=rows) for rows in (1, 8, 1, 1)])
+    small = LayerBytes.of(fused_layer(model.get_base_model().model.layers[0]), model.dtype)
+    assert planner_of(model).recordings.beside >= 8 * 64 * 4 * (small.stash + small.layer_input)
 
 
 def test_a_copied_model_makes_its_own(make, device):
