@@ -48,6 +48,10 @@ class KeptWeights:
         """Where the form of a group is held; None after `close`."""
         return None if self._is_closed else self._forms.setdefault(group, KeptForm())
 
+    def held(self) -> list[Any]:
+        """The forms that are held now, for whoever needs their memory to stay after `close`."""
+        return [form._form for form in self._forms.values() if form._form is not None]
+
     @property
     def nbytes(self) -> int:
         return sum(form.nbytes for form in self._forms.values())

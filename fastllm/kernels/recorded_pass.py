@@ -182,6 +182,8 @@ class RecordedPass:
         self.failure: str | None = None  # why the backward could not be recorded
         (self._y,), self._replay_forward = record(self._run_forward)
         shared.hand_on(self._y)
+        # A replay reads them where they are, also when the layer lets go of them between a forward and its backward.
+        self._weights = call.kept_weights.held() if getattr(call, "kept_weights", None) is not None else []
 
     @property
     def is_busy(self) -> bool:

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import tempfile
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -19,9 +21,11 @@ from fastllm.models.lora_view import forget_groups
 from fastllm.models.memory import GIB, ActivationPlanner, LayerBytes
 from fastllm.models.model_methods import PLANNER
 from fastllm.models.patch import adapt, restore
+from fastllm.models.recordings import Recordings
 from fastllm.models.weight_keeping import WeightKeeper
 
 from ..kernels.parity import OverLimit
+from ..kernels.repetition import repeat
 from .families import FAMILIES, batch, build, fast_copy, step, with_lora
 
 CONFIG = FAMILIES["llama"]
@@ -86,6 +90,26 @@ def test_training_has_the_same_bits(folder, device, monkeypatch):
         results.append(train(model, device))
         assert kept_by(model)[0] == (4 if free else 0)
     assert_same(*results)
+
+
+def test_a_recording_holds_the_weights_that_it_reads(model, device):
+    """They are freed between a forward and its backward, as by a longer batch: not before the backward is done."""
+    planner = planner_of(model)
+    planner.recordings = Recordings(lambda device: repeat)
+    inputs = batch(CONFIG, device=device, length=64)
+    for _ in range(4):
+        step(model, inputs)
+    assert planner.recordings.count == (0 if device.type == "cuda" else 1)  # in fp32 a GPU has no kernel that can be
+    held = [weakref.ref(form) for kept in planner._weights._layers.values() for form in kept.held()]
+    assert len(held) == 4 * 4
+    loss = model(**inputs).loss
+    planner.release_weights("a longer batch came")
+    gc.collect()
+    assert {form() is not None for form in held} == {device.type == "cpu"}
+    loss.backward()
+    del loss
+    gc.collect()
+    assert all(form() is None for form in held)
 
 
 @pytest.mark.parametrize("setting", [False, True, "offload"])
