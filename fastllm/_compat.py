@@ -28,6 +28,21 @@ def collects_outputs() -> bool:
     return bool(output_capturing._active_collector.get())
 
 
+def adapter_switches(module: Any) -> tuple[tuple[str, ...], tuple[bool, bool]]:
+    """(names of the active adapters, (adapters are off, they are merged into the base)) of a PEFT layer.
+
+    PEFT's properties say the same and cost several times as much, for hundreds of layers a step; they are asked where
+    its attributes are called otherwise.
+    """
+    attributes = module.__dict__
+    try:
+        active, is_off, merged = (attributes[n] for n in ("_active_adapter", "_disable_adapters", "merged_adapters"))
+    except KeyError:
+        names = tuple(getattr(module, "active_adapters", ()))
+        return names, (bool(getattr(module, "disable_adapters", False)), bool(getattr(module, "merged", False)))
+    return (active,) if isinstance(active, str) else tuple(active), (bool(is_off), bool(merged))
+
+
 def has_foreign_hooks(module: Any) -> bool:
     """Whether somebody's forward hook or instance-level forward would be skipped by not calling `module`.
 

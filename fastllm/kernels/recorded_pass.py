@@ -156,8 +156,8 @@ class SharedBoundaries(SharedTensor):
 class RecordedPass:
     """One layer's recording at one shape. `x` and `call` are those of the forward during which it is made.
 
-    `x` is [..., rows, D], contiguous or handed on; `needs` says which of x and the parameters get gradients. The
-    backward is recorded when it first runs.
+    `x` is [..., rows, D], contiguous or handed on; those of `parameters`, in the order of the pass, that require
+    gradients get them. The backward is recorded when it first runs.
     """
 
     def __init__(
@@ -165,11 +165,13 @@ class RecordedPass:
         layer_pass: Pass,
         x: torch.Tensor,
         call: Any,
-        needs: Sequence[bool],
+        parameters: Sequence[torch.Tensor | None],
         shared: SharedInputs,
         record: Recorder,
     ) -> None:
-        self._pass, self._needs, self._shared, self._record = layer_pass, tuple(needs), shared, record
+        self._pass, self._shared, self._record = layer_pass, shared, record
+        self._needs = (x.requires_grad, *(p is not None and p.requires_grad for p in parameters))
+        self._trained = [p for p in parameters if p is not None and p.requires_grad]
         self._x = shared.fixed(x)
         self._inputs = shared.copies_of(call, x.shape[-2])
         self._call = self._with_fixed_inputs(call)
@@ -194,9 +196,9 @@ class RecordedPass:
     def has_backward(self) -> bool:
         return self._replay_backward is not None
 
-    def __call__(self, x: torch.Tensor, call: Any, parameters: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, call: Any) -> torch.Tensor:
         """The layer under autograd; of the same shape and layer as what was recorded."""
-        return _Replayed.apply(x, self, call, *parameters)
+        return _Replayed.apply(x, self, call, *self._trained)
 
     def start(self) -> object:
         """What has to be held until the backward is done."""
@@ -214,8 +216,8 @@ class RecordedPass:
         self._replay_forward()
         return _first_rows(self._y.detach(), rows)
 
-    def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-        """Gradients of x, overwritten by the next backward, and of the parameters, which are not."""
+    def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Gradients of x, overwritten by the next backward, and of the trained parameters, which are not."""
         rows = dy.shape[-2]
         if self._replay_backward is None or self._dy is None:
             self._dy = self._shared.fixed(dy)
@@ -235,12 +237,12 @@ class RecordedPass:
 
     def _without_recording(
         self, dy: torch.Tensor, failure: RuntimeError
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The backward of this once; the layer is not to be replayed again."""
         self.failure, self._grads = str(failure), None
         assert self._dy is not None
         dx, grads = self._pass.backward(self._dy, self._x, self._call, self._kept, self._backend, self._needs)
-        return None if dx is None else _first_rows(dx, dy.shape[-2]), grads
+        return None if dx is None else _first_rows(dx, dy.shape[-2]), [grad for grad in grads if grad is not None]
 
     def _with_fixed_inputs(self, call: Any) -> Any:
         return _with_tensors(call, iter([copied.value for copied in self._inputs]))
@@ -262,9 +264,11 @@ class RecordedPass:
         if kept is not None:
             kept.attention = copy.copy(kept.attention)
         dx, grads = self._pass.backward(self._dy, self._x, self._call, kept, self._backend, self._needs)
+        written = [grad for grad in grads if grad is not None]
+        assert len(written) == len(self._trained)
         if self._grads is None:
-            self._grads = _FlatTensors(grads, self._shared)
-        self._grads.write(grads)
+            self._grads = _FlatTensors(written, self._shared)
+        self._grads.write(written)
         return [] if dx is None else [dx]
 
 
@@ -298,33 +302,33 @@ class _Replayed(torch.autograd.Function):
 class _FlatTensors:
     """Tensors laid end to end, one buffer for each dtype, so that all are copied by few launches."""
 
-    def __init__(self, like: Sequence[torch.Tensor | None], shared: SharedInputs) -> None:
+    def __init__(self, like: Sequence[torch.Tensor], shared: SharedInputs) -> None:
         self._length = len(like)
         self._places: dict[torch.dtype, list[int]] = {}
         for place, tensor in enumerate(like):
-            if tensor is not None:
-                self._places.setdefault(tensor.dtype, []).append(place)
+            self._places.setdefault(tensor.dtype, []).append(place)
         self._flat, self._views = {}, {}
         for dtype, places in self._places.items():
-            tensors = [tensor for place in places if (tensor := like[place]) is not None]
+            tensors = [like[place] for place in places]
             flat = shared.scratch(sum(t.numel() for t in tensors), dtype, tensors[0].device)
             parts = flat.split([t.numel() for t in tensors])
             self._flat[dtype] = flat
             self._views[dtype] = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
-    def write(self, tensors: Sequence[torch.Tensor | None]) -> None:
+    def write(self, tensors: Sequence[torch.Tensor]) -> None:
         for dtype, places in self._places.items():
-            written = [tensor for place in places if (tensor := tensors[place]) is not None]
-            torch._foreach_copy_(self._views[dtype], written)
+            torch._foreach_copy_(self._views[dtype], [tensors[place] for place in places])
 
-    def copies(self) -> list[torch.Tensor | None]:
+    def copies(self) -> list[torch.Tensor]:
         """What was written, as new tensors."""
-        found: list[torch.Tensor | None] = [None] * self._length
+        if len(self._flat) == 1:
+            ((dtype, flat),) = self._flat.items()
+            return list(_unflatten_dense_tensors(flat.clone(), self._views[dtype]))
+        found: dict[int, torch.Tensor] = {}
         for dtype, places in self._places.items():
             copied = _unflatten_dense_tensors(self._flat[dtype].clone(), self._views[dtype])
-            for place, tensor in zip(places, copied, strict=True):
-                found[place] = tensor
-        return found
+            found |= zip(places, copied, strict=True)
+        return [found[place] for place in range(self._length)]
 
 
 class CudaRecorder:

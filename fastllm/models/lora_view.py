@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat import has_foreign_hooks
+from .._compat import adapter_switches, has_foreign_hooks
 from ..kernels.nf4 import Nf4Weight
 from ..kernels.projections import Projection, ProjectionGroup, fp8_obstacle
 from .quantized import unpack_cpu_weight
@@ -143,16 +143,16 @@ def _state_of(module: nn.Module) -> tuple:
     )
     if base is module:
         return state
-    lora: Any = module
-    active = tuple(getattr(lora, "active_adapters", ()))
-    parts: list = [active, lora.disable_adapters, lora.merged]
+    active, switches = adapter_switches(module)
+    parts: list = [active, switches]
     adapters_a, adapters_b, dropouts = (modules.get(name) for name in ("lora_A", "lora_B", "lora_dropout"))
     if adapters_a is not None and adapters_b is not None and dropouts is not None:
+        scaling: Any = module.__dict__["scaling"]
         for name in active:
             if name in adapters_a._modules:
                 a, b = adapters_a._modules[name], adapters_b._modules[name]
                 assert a is not None and b is not None
-                parts += (a._parameters["weight"], b._parameters["weight"], lora.scaling[name], dropouts._modules[name])
+                parts += (a._parameters["weight"], b._parameters["weight"], scaling[name], dropouts._modules[name])
     return (*state, *parts)
 
 

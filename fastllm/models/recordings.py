@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ _FORWARDS_BEFORE = 2
 _MOST_SHAPES = 16
 # Rows of documents in a single row are rounded up to a multiple of this.
 _ROWS_MULTIPLE = 128
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 class Recordings:
@@ -119,11 +121,11 @@ class Recordings:
         if starts_over or call is None or obstacle(call) is not None:
             self._current[part] = None
             return None
-        parameters = layer.parameters() if index not in shape.passes else shape.passes[index].parameters
-        needs = (x.requires_grad, *(p is not None and p.requires_grad for p in parameters))
-        pointers = [p.data_ptr() for p in parameters if p is not None]
-        signature = (*conditions, shape.shared.shape(x), call_signature(call, shape.shared), needs, pointers)
         known = shape.passes.get(index)
+        parameters = [p for p in layer.parameters() if p is not None] if known is None else known.parameters
+        needs = [x.requires_grad, *map(_REQUIRES_GRAD, parameters)]
+        pointers = list(map(torch.Tensor.data_ptr, parameters))
+        signature = (*conditions, shape.shared.shape(x), call_signature(call, shape.shared), needs, pointers)
         if known is not None and (known.layer is not layer or known.signature != signature):
             # Something was exchanged or switched: the shape is recorded anew when it has come often enough again.
             self._drop(shape, part)
@@ -137,12 +139,12 @@ class Recordings:
             if shape.record is None:
                 shape.record = self._record(x.device) if self._record is not None else CudaRecorder(x.device)
             try:
-                recorded = RecordedPass(make_pass(), x, call, needs, shape.shared, shape.record)
+                recorded = RecordedPass(make_pass(), x, call, layer.parameters(), shape.shared, shape.record)
             except (NotRecordable, RuntimeError) as failure:
                 self._give_up(shape, part, str(failure))
                 return None
             known = shape.passes[index] = _Known(recorded, layer, parameters, signature)
-        return lambda: known.recorded(x, call, parameters)
+        return lambda: known.recorded(x, call)
 
     def release(self) -> None:
         """Drop every recording; shapes that come often enough again are recorded anew."""
@@ -174,7 +176,7 @@ class _Known:
     __slots__ = ("layer", "parameters", "recorded", "signature")
 
     def __init__(
-        self, recorded: RecordedPass, layer: Any, parameters: Sequence[torch.Tensor | None], signature: tuple
+        self, recorded: RecordedPass, layer: Any, parameters: Sequence[torch.Tensor], signature: tuple
     ) -> None:
         self.recorded, self.layer, self.parameters, self.signature = recorded, layer, parameters, signature
 
