@@ -11,17 +11,8 @@ import torch
 from .._compat import collects_outputs
 from .._device import free_bytes
 from .._notices import notice
-from ..kernels.recorded_pass import (
-    CudaRecorder,
-    NotRecordable,
-    Pass,
-    RecordedPass,
-    Recorder,
-    SharedInputs,
-    call_signature,
-    obstacle,
-    rounded,
-)
+from ..kernels.recorded_inputs import SharedInputs, call_signature, is_recordable, rounded
+from ..kernels.recorded_pass import CudaRecorder, NotRecordable, Pass, RecordedPass, Recorder
 
 # Rows of a layer's input from which on the GPU is busy for longer than the host takes to launch its kernels.
 MOST_ROWS = 4096
@@ -115,17 +106,17 @@ class Recordings:
         if shape is None:
             return None
         starts_over, shape.last_index = index <= shape.last_index, index
-        if obstacle(call) is None and shape.rows is not None:
-            call = rounded(call, shape.rows)
-        # The rest of this forward runs without, too: its layers must not disturb what those before it keep.
-        if starts_over or call is None or obstacle(call) is not None:
+        fixed = None if starts_over or not is_recordable(call) else call
+        if fixed is not None and shape.rows is not None:
+            fixed = rounded(fixed, shape.rows)
+        if fixed is None:  # the rest of this forward runs without, too: it must not disturb what those before it keep
             self._current[part] = None
             return None
         known = shape.passes.get(index)
         parameters = [p for p in layer.parameters() if p is not None] if known is None else known.parameters
         needs = [x.requires_grad, *map(_REQUIRES_GRAD, parameters)]
         pointers = list(map(torch.Tensor.data_ptr, parameters))
-        signature = (*conditions, shape.shared.shape(x), call_signature(call, shape.shared), needs, pointers)
+        signature = (*conditions, shape.shared.shape(x), call_signature(fixed, shape.shared), needs, pointers)
         if known is not None and (known.layer is not layer or known.signature != signature):
             # Something was exchanged or switched: the shape is recorded anew when it has come often enough again.
             self._drop(shape, part)
@@ -139,12 +130,12 @@ class Recordings:
             if shape.record is None:
                 shape.record = self._record(x.device) if self._record is not None else CudaRecorder(x.device)
             try:
-                recorded = RecordedPass(make_pass(), x, call, layer.parameters(), shape.shared, shape.record)
+                recorded = RecordedPass(make_pass(), x, fixed, layer.parameters(), shape.shared, shape.record)
             except (NotRecordable, RuntimeError) as failure:
                 self._give_up(shape, part, str(failure))
                 return None
             known = shape.passes[index] = _Known(recorded, layer, parameters, signature)
-        return lambda: known.recorded(x, call)
+        return lambda: known.recorded(x, fixed)
 
     def release(self) -> None:
         """Drop every recording; shapes that come often enough again are recorded anew."""

@@ -233,7 +233,9 @@ def test_what_changes_is_recorded_anew(make, device, change):
 def test_hidden_states_that_are_asked_for_stay_what_they_are(make, device):
     model, _ = make()
     train(model, device)
-    first = model(**batch(CONFIG, seed=1, device=device), output_hidden_states=True).hidden_states
+    outputs = model(**batch(CONFIG, seed=1, device=device), output_hidden_states=True)
+    first = [state.detach() for state in outputs.hidden_states]
+    del outputs
     before = [state.clone() for state in first]
     model(**batch(CONFIG, seed=2, device=device), output_hidden_states=True).loss.backward()
     assert all(torch.equal(now, then) for now, then in zip(first, before, strict=True))
