@@ -83,6 +83,20 @@ def default_device() -> Device:
     return device_info("cpu")
 
 
+# FLOP/s that 16-bit matrix products reach on one multiprocessor, by major compute capability.
+_PRODUCT_RATES = {7: 0.8e12, 8: 1.6e12, 9: 5e12, 10: 9e12, 12: 1.6e12}
+
+
+def product_rate(device: torch.device) -> float:
+    """FLOP/s that 16-bit matrix products reach on an NVIDIA GPU, roughly; no bound for anything else."""
+    import torch
+
+    if device.type != "cuda":
+        return float("inf")
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count * _PRODUCT_RATES.get(properties.major, 1e12)
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that an allocation on `device` can still take, the caching allocator's unused blocks included.
 

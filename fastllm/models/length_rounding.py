@@ -8,8 +8,7 @@ import torch
 
 from .recordings import MOST_ROWS, Recordings
 
-# Lengths are rounded up to a multiple of this. A batch that is launched from recordings waits for the host, not for the
-# arithmetic of these tokens.
+# Lengths are rounded up to a multiple of this.
 _MULTIPLE = 64
 # Inputs with an entry for each token, and those that are there for images and videos.
 _OF_TOKENS = ("input_ids", "mm_token_type_ids")
@@ -19,7 +18,7 @@ _OF_IMAGES = frozenset(
 
 
 def lengthen(inputs: dict[str, Any], config: Any, recordings: Recordings) -> None:
-    """Append text tokens to the `input_ids` [B, S] of a decoder, where its layers are recorded and nothing but the
+    """Append text tokens to the `input_ids` [B, S] of a decoder, where the GPU has time for them and nothing but the
     tokens says what they are: no mask, positions or embeddings. Causal attention never lets the others see them; their
     hidden states are the caller's to drop."""
     given = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -34,7 +33,7 @@ def lengthen(inputs: dict[str, Any], config: Any, recordings: Recordings) -> Non
     padded = -(-length // _MULTIPLE) * _MULTIPLE
     if padded == length or rows * padded > MOST_ROWS:
         return
-    if torch.is_grad_enabled() and recordings.serves("decoder"):
+    if torch.is_grad_enabled() and recordings.waits_for_host("decoder", rows * padded, inputs["input_ids"].device):
         fillers = {"input_ids": _text_token(config), "mm_token_type_ids": 0}
         for name in given.intersection(_OF_TOKENS):
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, padded - length), value=fillers[name])

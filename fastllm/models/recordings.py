@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._compat import collects_outputs
-from .._device import free_bytes
+from .._device import free_bytes, product_rate
 from .._notices import notice
 from ..kernels.recorded_inputs import SharedInputs, call_signature, is_recordable, rounded
 from ..kernels.recorded_pass import CudaRecorder, NotRecordable, Pass, RecordedPass, Recorder
@@ -22,6 +22,8 @@ _FORWARDS_BEFORE = 2
 _MOST_SHAPES = 16
 # Rows of documents in a single row are rounded up to a multiple of this.
 _ROWS_MULTIPLE = 128
+# What the host takes to launch the kernels of a layer, forward and backward, one by one.
+_LAUNCH_SECONDS = 2e-3
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
@@ -38,6 +40,7 @@ class Recordings:
         self._record = record
         self._shapes: dict[tuple, _Shape] = {}
         self._current: dict[str, _Shape | None] = {}
+        self._weights: dict[str, int] = {}
 
     def __reduce__(self) -> tuple:
         return Recordings, (), {"is_on": self.is_on}  # a copied or stored model makes its own
@@ -47,23 +50,31 @@ class Recordings:
         """How many shapes are recorded."""
         return sum(bool(shape.passes) for shape in self._shapes.values())
 
-    def serves(self, part: str) -> bool:
-        """Whether forwards of a part may be recorded, as far as the last one tells."""
-        return part in self._current and self.is_on
+    def waits_for_host(self, part: str, rows: int, device: torch.device) -> bool:
+        """Whether the GPU computes so many rows of a layer in less time than the host takes to launch it, so that more
+        rows cost nothing. False before the first forward of the part."""
+        weights = self._weights.get(part)
+        return self.is_on and weights is not None and 4 * rows * weights < _LAUNCH_SECONDS * product_rate(device)
 
-    def begin(self, part: str, x: torch.Tensor, nbytes: Callable[[], int], *, round_rows: bool = False) -> None:
-        """Start a forward of a part with the input `x` of its first layer. `nbytes` says what its layers hold.
+    def begin(
+        self, part: str, x: torch.Tensor, weights: int, nbytes: Callable[[], int], *, round_rows: bool = False
+    ) -> None:
+        """Start a forward of a part with the input `x` of its first layer. The matrices of a layer have `weights`
+        entries; `nbytes` says what all layers hold.
 
-        With `round_rows` one recording serves batches of up to a multiple of so many rows: those whose calls have
-        documents in a single row.
+        With `round_rows` one recording serves batches of up to a multiple of so many rows, where they cost nothing:
+        those whose calls have documents in a single row.
         """
         can_record = self._record is not None or (x.is_cuda and torch.version.hip is None)
         if not can_record:
             return
+        self._weights[part] = weights
         self._current[part] = None
         if not (self.is_on and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
             return
-        rows = -(-x.shape[-2] // _ROWS_MULTIPLE) * _ROWS_MULTIPLE if round_rows else x.shape[-2]
+        rows = -(-x.shape[-2] // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        if not (round_rows and self.waits_for_host(part, rows, x.device)):
+            rows, round_rows = x.shape[-2], False
         key = (
             part,
             x.shape[:-2],

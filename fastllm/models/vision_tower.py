@@ -165,7 +165,8 @@ class Tower:
         rounds = x.dim() == 2 and call.attention.mask is None  # images end to end
         if index == 0:
             nbytes = self.num_blocks * x.shape[:-1].numel() * block_bytes(block, x.dtype)
-            recordings.begin("tower", x, lambda: nbytes, round_rows=rounds)
+            weights = sum(group.out_features * group.in_features for group in block.groups())
+            recordings.begin("tower", x, weights, lambda: nbytes, round_rows=rounds)
         if is_random(block) or has_foreign_hooks(module):
             return None
         if rounds:

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 
 from fastllm.kernels.recorded_pass import CudaRecorder
+from fastllm.models import recordings
 from fastllm.models.fused_parts import fused_layer
 from fastllm.models.memory import ActivationPlanner, LayerBytes
 from fastllm.models.model_methods import PLANNER
@@ -141,6 +142,18 @@ def test_lengths_are_rounded_up_so_that_shapes_come_again(make, device):
     found, expected = (model(**inputs).logits[:, 3:5].float() for model in (with_recordings, without))
     assert with_recordings(**inputs).logits.shape[1] == 31
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_lengths_stay_what_they_are_where_a_gpu_has_no_time_to_spare(make, device, monkeypatch):
+    """As on a T4, which computes for longer than the host takes to launch."""
+    monkeypatch.setattr(recordings, "product_rate", lambda device: 1e9)
+    model, _ = make()
+    train(
+        model,
+        device,
+        batches=[batch(CONFIG, seed=i, device=device, length=length) for i, length in enumerate(range(20, 26))],
+    )
+    assert [key[2] for key in planner_of(model).recordings._shapes] == [20, 21, 22, 23, 24, 25]
 
 
 def test_a_length_that_repeats_stays_what_it_is(make, device):
@@ -284,8 +297,6 @@ def test_dropout_is_never_recorded(make, device):
 
 
 def test_large_batches_and_full_memory_are_not_recorded(make, device, monkeypatch):
-    from fastllm.models import recordings
-
     model, _ = make()
     monkeypatch.setattr(recordings, "MOST_ROWS", 10)
     train(model, device)
