@@ -19,6 +19,8 @@ MOST_ROWS = 4096
 # A shape is recorded when it comes for the third time: recording takes about as long as two forwards, and what is
 # compiled at a first call must not be compiled in a recording.
 _FORWARDS_BEFORE = 2
+# Replays that make up for a recording.
+_WORTH_RECORDING = 8
 _MOST_SHAPES = 16
 # Rows of documents in a single row are rounded up to a multiple of this.
 _ROWS_MULTIPLE = 128
@@ -87,7 +89,7 @@ class Recordings:
         )
         shape = self._shapes.setdefault(key, _Shape(rows if round_rows else None))
         shape.forwards += 1
-        if shape.forwards <= _FORWARDS_BEFORE or shape.is_left_alone or shape.is_busy or collects_outputs():
+        if shape.forwards <= shape.forwards_before or shape.is_left_alone or shape.is_busy or collects_outputs():
             return
         failure = next((known.recorded.failure for known in shape.passes.values() if known.recorded.failure), None)
         if failure is not None:
@@ -96,6 +98,7 @@ class Recordings:
         if not shape.passes and not self._has_room(nbytes(), x.device):
             shape.is_left_alone = True
             return
+        shape.replays += bool(shape.passes)
         self._current[part], shape.last_index = shape, -1
 
     def find(
@@ -151,8 +154,7 @@ class Recordings:
     def release(self) -> None:
         """Drop every recording; shapes that come often enough again are recorded anew."""
         for shape in self._shapes.values():
-            shape.clear()
-            shape.forwards = 0
+            shape.forget()
         self._current.clear()
 
     def _give_up(self, shape: _Shape, part: str, reason: str) -> None:
@@ -162,8 +164,7 @@ class Recordings:
         shape.is_left_alone = True
 
     def _drop(self, shape: _Shape, part: str) -> None:
-        shape.clear()
-        shape.forwards = 0
+        shape.forget()
         self._current[part] = None
 
     def _has_room(self, nbytes: int, device: torch.device) -> bool:
@@ -189,6 +190,7 @@ class _Shape:
     def __init__(self, rows: int | None) -> None:
         self.rows = rows
         self.forwards, self.last_index = 0, -1
+        self.forwards_before = _FORWARDS_BEFORE
         self.is_left_alone = False
         self.clear()
 
@@ -201,7 +203,15 @@ class _Shape:
         """Whether layer `index` can still be recorded: what it keeps must not lie where a later pass writes."""
         return all(index > known and not other.recorded.has_backward for known, other in self.passes.items())
 
+    def forget(self) -> None:
+        """Begin anew; where a recording was hardly used, after twice as many forwards: others may go the same way."""
+        if self.passes and self.replays < _WORTH_RECORDING:
+            self.forwards_before *= 2
+        self.forwards = 0
+        self.clear()
+
     def clear(self) -> None:
         self.passes: dict[int, _Known] = {}
         self.shared = SharedInputs(self.rows)
         self.record: Recorder | None = None
+        self.replays = 0

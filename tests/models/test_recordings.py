@@ -243,6 +243,21 @@ def test_what_changes_is_recorded_anew(make, device, change):
     assert_trained_alike(*runs)
 
 
+def test_what_changes_all_the_time_is_recorded_less_and_less(make, device):
+    """As the memory of sharded parameters does: recording takes time, too."""
+    model, without = make()
+    recordings_of = planner_of(model).recordings
+    made = []
+
+    def new_memory(model, index):
+        made.append(recordings_of.count)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+
+    assert_trained_alike(*(train(each, device, steps=24, change=new_memory) for each in (model, without)))
+    assert sum(made[:24]) == 3, "at the third batch, the eighth and the seventeenth"
+
+
 def test_hidden_states_that_are_asked_for_stay_what_they_are(make, device):
     model, _ = make()
     train(model, device)
