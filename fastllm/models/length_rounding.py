@@ -24,7 +24,7 @@ def lengthen(inputs: dict[str, Any], config: Any, recordings: Recordings) -> Non
     given = {name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     if any(inputs.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")):
         return
-    if "input_ids" not in given or not given <= _OF_IMAGES.union(_OF_TOKENS):
+    if _angles_know_the_length(config) or "input_ids" not in given or not given <= _OF_IMAGES.union(_OF_TOKENS):
         return
     rows, length = inputs["input_ids"].shape
     comes_again, recordings.last_batch = recordings.last_batch == (rows, length), (rows, length)
@@ -37,6 +37,13 @@ def lengthen(inputs: dict[str, Any], config: Any, recordings: Recordings) -> Non
         fillers = {"input_ids": _text_token(config), "mm_token_type_ids": 0}
         for name in given.intersection(_OF_TOKENS):
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, padded - length), value=fillers[name])
+
+
+def _angles_know_the_length(config: Any) -> bool:
+    """Whether RoPE depends on how long a batch is."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return any(part.get("rope_type") == "dynamic" for part in kinds)
 
 
 def _text_token(config: Any) -> int:

@@ -156,6 +156,14 @@ def test_lengths_stay_what_they_are_where_a_gpu_has_no_time_to_spare(make, devic
     assert [key[2] for key in planner_of(model).recordings._shapes] == [20, 21, 22, 23, 24, 25]
 
 
+def test_lengths_stay_what_they_are_where_angles_depend_on_them(make, device):
+    config = copy.deepcopy(CONFIG)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model, _ = make(config)
+    train(model, device, batches=[batch(config, seed=length, device=device, length=length) for length in range(20, 24)])
+    assert [key[2] for key in planner_of(model).recordings._shapes] == [20, 21, 22, 23]
+
+
 def test_a_length_that_repeats_stays_what_it_is(make, device):
     batches = [batch(CONFIG, seed=seed, device=device, length=29) for seed in range(5)]
     with_recordings, without = make()
