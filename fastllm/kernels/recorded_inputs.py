@@ -155,6 +155,7 @@ def _most_documents(documents: Documents) -> int:
 
 
 def first_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first `rows` of x [..., more rows, D], a view."""
     return x if rows == x.shape[-2] else x[..., :rows, :]
 
 
