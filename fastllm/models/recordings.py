@@ -87,7 +87,7 @@ class Recordings:
             x.device,
             torch.are_deterministic_algorithms_enabled(),
         )
-        shape = self._shapes.setdefault(key, _Shape(rows if round_rows else None))
+        shape = self._shapes.setdefault(key, _Shape(x.device, rows if round_rows else None))
         shape.forwards += 1
         if shape.forwards <= shape.forwards_before or shape.is_left_alone or shape.is_busy or collects_outputs():
             return
@@ -120,7 +120,7 @@ class Recordings:
         if shape is None:
             return None
         starts_over, shape.last_index = index <= shape.last_index, index
-        fixed = None if starts_over or not is_recordable(call) else call
+        fixed = call if is_recordable(call) and not starts_over and x.device == shape.device else None
         if fixed is not None and shape.rows is not None:
             fixed = rounded(fixed, shape.rows)
         if fixed is None:  # the rest of this forward runs without, too: it must not disturb what those before it keep
@@ -187,8 +187,8 @@ class _Known:
 class _Shape:
     """What is known of one shape of a part's input; with `rows`, of all shapes that are rounded up to so many."""
 
-    def __init__(self, rows: int | None) -> None:
-        self.rows = rows
+    def __init__(self, device: torch.device, rows: int | None) -> None:
+        self.device, self.rows = device, rows
         self.forwards, self.last_index = 0, -1
         self.forwards_before = _FORWARDS_BEFORE
         self.is_left_alone = False
