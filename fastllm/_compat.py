@@ -11,21 +11,20 @@ from typing import Any
 
 
 def attentions_are_collected() -> bool:
-    """Whether the present forward was asked for attention weights (`output_attentions=True`).
-
-    transformers 5 collects them with hooks on the attention modules, filled while a context variable is set.
-    """
-    from transformers.utils import output_capturing
-
-    collected = output_capturing._active_collector.get()
-    return collected is not None and "attentions" in collected
+    """Whether the present forward was asked for attention weights (`output_attentions=True`)."""
+    return "attentions" in _collected()
 
 
 def collects_outputs() -> bool:
     """Whether the present forward was asked for what its layers give (`output_hidden_states=True`)."""
+    return bool(_collected())
+
+
+def _collected() -> dict[str, Any]:
+    """What transformers 5 collects in the present forward, by hooks on the modules that a context variable switches."""
     from transformers.utils import output_capturing
 
-    return bool(output_capturing._active_collector.get())
+    return output_capturing._active_collector.get() or {}
 
 
 def adapter_switches(module: Any) -> tuple[tuple[str, ...], tuple[bool, bool]]:

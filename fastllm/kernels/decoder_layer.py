@@ -27,16 +27,15 @@ from .attention import (
 )
 from .dispatch import compute_dtype, no_autocast, rows_of
 from .glu import glu_backward, glu_forward
-from .kept_weights import KeptWeights
 from .layer_definition import NORMS, DecoderLayer, Keep, LayerCall, Norm
 from .lora import (
     PARAMETERS_PER_PROJECTION,
-    PreparedGroup,
+    PreparedGroups,
+    draws_masks,
     dropout_masks,
     input_grad,
     low_rank_input,
     parameter_grads,
-    prepare,
     project,
 )
 from .random_state import random_state, replayed
@@ -94,18 +93,13 @@ class DecoderPass:
         return _backward_pass(self.layer, call, dy, lambda: x, self.dtype, kept, backend, needs, rng=None)
 
 
-def is_random(layer: DecoderLayer) -> bool:
-    """Whether the layer's adapters draw random numbers."""
-    return any(group.has_dropout for group in layer.groups())
-
-
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, call, *parameters):
         ctx.layer, ctx.call, ctx.dtype = layer, call, compute_dtype(x, layer.qkv.dtype)
         needs_backward = any(ctx.needs_input_grad)
         keep_all = needs_backward and call.keep is Keep.ALL
-        draws = call.attention.dropout > 0 or is_random(layer)
+        draws = call.attention.dropout > 0 or draws_masks(layer)
         ctx.rng = random_state(x.device) if needs_backward and not keep_all and draws else None
         with no_autocast(x.device.type):
             y, ctx.kept, ctx.backend = _forward_pass(layer, call, x, ctx.dtype, keep_all=keep_all)
@@ -139,7 +133,7 @@ def _forward_pass(
     layer: DecoderLayer, call: LayerCall, x: torch.Tensor, dtype: torch.dtype, *, keep_all: bool
 ) -> tuple[torch.Tensor, _Activations | None, str]:
     """(y, what a backward reads where it is kept, the attention kernel)"""
-    weights = _Weights(layer, dtype, call.kept_weights, shared=False)
+    weights = PreparedGroups(layer, dtype, call.kept_weights, shared=False)
     state = _activations(layer, call, weights, x, dtype, needs_backward=keep_all)
     y = _mlp_output(layer, weights, state, keep=keep_all).add_(state.middle).view(x.shape)
     return y, state if keep_all else None, state.attention.backend
@@ -159,7 +153,7 @@ def _backward_pass(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x and of `layer.parameters()`, where `needs` asks for them. Without `state` the forward from
     `fetch()`, its input, runs again: with the same attention kernel and random numbers."""
-    weights = _Weights(layer, dtype, call.kept_weights, shared=state is None)
+    weights = PreparedGroups(layer, dtype, call.kept_weights, shared=state is None)
     is_fresh = state is None
     if state is None:
         x = fetch()
@@ -177,28 +171,10 @@ def _backward_pass(
     return None if dx is None else dx.view(dy.shape), grads
 
 
-class _Weights:
-    """Prepared groups of a layer, each made when first asked for. `shared` keeps it for the backward that follows a
-    recomputation; otherwise it is made anew, so that one group's buffer lives at a time."""
-
-    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, kept: KeptWeights | None, *, shared: bool) -> None:
-        self._layer, self._dtype, self._kept, self._shared = layer, dtype, kept, shared
-        self._made: dict[str, PreparedGroup] = {}
-
-    def take(self, name: str, *, last: bool = False) -> PreparedGroup:
-        made = self._made.pop(name, None)
-        if made is None:
-            kept = None if self._kept is None else self._kept.form(name)
-            made = prepare(getattr(self._layer, name), self._dtype, kept=kept)
-        if self._shared and not last:
-            self._made[name] = made
-        return made
-
-
 def _activations(
     layer: DecoderLayer,
     call: LayerCall,
-    weights: _Weights,
+    weights: PreparedGroups,
     x: torch.Tensor,
     dtype: torch.dtype,
     *,
@@ -252,7 +228,7 @@ def _activations(
     )  # fmt: skip
 
 
-def _mlp_output(layer: DecoderLayer, weights: _Weights, state: _Activations, *, keep: bool) -> torch.Tensor:
+def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: _Activations, *, keep: bool) -> torch.Tensor:
     """Rows [T, D] that the MLP adds to the residual stream, in its dtype."""
     assert state.gate_up is not None
     prepared = weights.take("down")
@@ -274,7 +250,7 @@ def _mlp_output(layer: DecoderLayer, weights: _Weights, state: _Activations, *, 
 def _backward(
     layer: DecoderLayer,
     call: LayerCall,
-    weights: _Weights,
+    weights: PreparedGroups,
     state: _Activations,
     dy: torch.Tensor,
     needs: tuple[bool, ...],

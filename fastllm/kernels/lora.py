@@ -28,7 +28,7 @@ import torch
 
 from .dispatch import compute_dtype, jit, launch_on, next_power_of_2, no_autocast, rows_of, tl, triton, use_triton
 from .fp8 import Fp8Matrix, fp8_input_grad, fp8_linear, quantize_rows
-from .kept_weights import KeptForm
+from .kept_weights import KeptForm, KeptWeights
 from .nf4 import Nf4Weight, dequantize_nf4
 from .projections import PARAMETERS_PER_PROJECTION, Projection, ProjectionGroup
 
@@ -51,6 +51,26 @@ class PreparedGroup:
     bias: torch.Tensor | None
     joined: torch.Tensor | None
     fp8: Fp8Matrix | None = None
+
+
+class PreparedGroups:
+    """The groups of a layer, each an attribute of `owner`, prepared when first asked for. `shared` keeps them for the
+    backward that follows a recomputation; otherwise they are made anew, so that one group's buffer lives at a time.
+    `kept` holds dequantised weights from pass to pass."""
+
+    def __init__(self, owner: Any, dtype: torch.dtype, kept: KeptWeights | None = None, *, shared: bool) -> None:
+        self._owner, self._dtype, self._kept, self._shared = owner, dtype, kept, shared
+        self._made: dict[str, PreparedGroup] = {}
+
+    def take(self, name: str, *, last: bool = False) -> PreparedGroup:
+        """The group called so; nobody asks for it again after the `last` time."""
+        made = self._made.pop(name, None)
+        if made is None:
+            kept = None if self._kept is None else self._kept.form(name)
+            made = prepare(getattr(self._owner, name), self._dtype, kept=kept)
+        if self._shared and not last:
+            self._made[name] = made
+        return made
 
 
 def prepare(group: ProjectionGroup, dtype: torch.dtype, *, kept: KeptForm | None = None) -> PreparedGroup:
@@ -213,6 +233,11 @@ def dropout_masks(group: ProjectionGroup, x: torch.Tensor) -> list[torch.Tensor 
         if p.dropout > 0 and p.rank else None
         for p in group.projections
     ]  # fmt: skip
+
+
+def draws_masks(layer: Any) -> bool:
+    """Whether the adapters of a layer, of any of its `groups()`, draw random numbers."""
+    return any(group.has_dropout for group in layer.groups())
 
 
 def low_rank_input(

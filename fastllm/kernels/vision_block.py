@@ -32,13 +32,13 @@ from .layer_definition import Norm
 from .layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference
 from .lora import (
     PARAMETERS_PER_PROJECTION,
-    PreparedGroup,
+    PreparedGroups,
     ProjectionGroup,
+    draws_masks,
     dropout_masks,
     input_grad,
     low_rank_input,
     parameter_grads,
-    prepare,
     project,
     project_reference,
 )
@@ -169,18 +169,13 @@ class BlockPass:
         return _backward_pass(self.block, call, dy, x, self.dtype, kept, backend, needs, rng=None)
 
 
-def is_random(block: VisionBlock) -> bool:
-    """Whether the block's adapters draw random numbers."""
-    return any(group.has_dropout for group in block.groups())
-
-
 class _VisionBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, block, call, *parameters):
         ctx.block, ctx.call, ctx.dtype = block, call, compute_dtype(x, block.qkv.dtype)
         needs_backward = any(ctx.needs_input_grad)
         keep_all = needs_backward and not call.recompute
-        draws = call.attention.dropout > 0 or is_random(block)
+        draws = call.attention.dropout > 0 or draws_masks(block)
         ctx.rng = random_state(x.device) if needs_backward and call.recompute and draws else None
         with no_autocast(x.device.type):
             y, ctx.kept, ctx.backend = _forward_pass(block, call, x, ctx.dtype, keep_all=keep_all)
@@ -206,7 +201,7 @@ def _forward_pass(
     block: VisionBlock, call: BlockCall, x: torch.Tensor, dtype: torch.dtype, *, keep_all: bool
 ) -> tuple[torch.Tensor, _Activations | None, str]:
     """(y, what a backward reads where it is kept, the attention kernel)"""
-    weights = _Weights(block, dtype, shared=False)
+    weights = PreparedGroups(block, dtype, shared=False)
     state = _activations(block, call, weights, x, dtype, needs_backward=keep_all)
     y = _finish(block, weights, state, keep=keep_all).view(x.shape)
     return y, state if keep_all else None, state.attention.backend
@@ -226,7 +221,7 @@ def _backward_pass(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x and of `block.parameters()`, where `needs` asks for them. Without `state` the forward from x runs
     again: with the same attention kernel and random numbers."""
-    weights = _Weights(block, dtype, shared=state is None)
+    weights = PreparedGroups(block, dtype, shared=state is None)
     is_fresh = state is None
     if state is None:
         with replayed(rng, x.device):
@@ -240,25 +235,10 @@ def _backward_pass(
     return None if dx is None else dx.view(x.shape), grads
 
 
-class _Weights:
-    """Prepared groups of a block. `shared` keeps those of a recomputation for the backward that follows it; otherwise
-    each is made when asked for, so that one group's buffer lives at a time."""
-
-    def __init__(self, block: VisionBlock, dtype: torch.dtype, *, shared: bool) -> None:
-        self._block, self._dtype, self._shared = block, dtype, shared
-        self._made: dict[str, PreparedGroup] = {}
-
-    def take(self, name: str) -> PreparedGroup:
-        made = self._made.pop(name, None) or prepare(getattr(self._block, name), self._dtype)
-        if self._shared:
-            self._made[name] = made
-        return made
-
-
 def _activations(
     block: VisionBlock,
     call: BlockCall,
-    weights: _Weights,
+    weights: PreparedGroups,
     x: torch.Tensor,
     dtype: torch.dtype,
     *,
@@ -299,7 +279,7 @@ def _activations(
     )  # fmt: skip
 
 
-def _finish(block: VisionBlock, weights: _Weights, state: _Activations, *, keep: bool) -> torch.Tensor:
+def _finish(block: VisionBlock, weights: PreparedGroups, state: _Activations, *, keep: bool) -> torch.Tensor:
     """The rest of the forward: rows y [T, D]."""
     assert state.up is not None
     extended = block.down.input_buffer(state.x, state.up.dtype)
@@ -318,7 +298,7 @@ def _finish(block: VisionBlock, weights: _Weights, state: _Activations, *, keep:
 def _backward(
     block: VisionBlock,
     call: BlockCall,
-    weights: _Weights,
+    weights: PreparedGroups,
     state: _Activations,
     dy: torch.Tensor,
     needs: tuple[bool, ...],

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from .._compat import attentions_are_collected, default_causal_lm_loss, has_foreign_hooks
 from .._notices import notice
 from ..kernels.attention import AttentionCase, attention
-from ..kernels.decoder_layer import DecoderPass, decoder_layer, is_random
+from ..kernels.decoder_layer import DecoderPass, decoder_layer
 from ..kernels.dispatch import compute_dtype
 from ..kernels.glu import glu
 from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, qkv_widths
@@ -30,7 +30,7 @@ from ..kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_token_losses,
 )
-from ..kernels.lora import ProjectionGroup, project_group
+from ..kernels.lora import ProjectionGroup, draws_masks, project_group
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from .arch import Arch
@@ -157,7 +157,7 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
         kept_weights = planner.kept_weights(index, hidden_states)
         call = LayerCall(cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights)
         recorded = None
-        if keep is not Keep.OFFLOADED_INPUT and not is_random(layer) and not has_foreign_hooks(self):
+        if keep is not Keep.OFFLOADED_INPUT and not draws_masks(layer) and not has_foreign_hooks(self):
             dtype = compute_dtype(hidden_states, layer.qkv.dtype)
             recorded = planner.recordings.find(
                 "decoder", index, hidden_states, call, layer, lambda: DecoderPass(layer, dtype),

@@ -159,9 +159,8 @@ class ActivationPlanner:
             self._plans[bucket, beside] = self._make_plan(layer, bucket, x.device, x.dtype)
         self._plan = self._plans[bucket, beside]
         kept = self._plan.count(Keep.ALL)
-        weights = sum(group.out_features * group.in_features for group in layer.groups())
         self.recordings.begin(
-            "decoder", x, weights, lambda: _recorded_bytes(LayerBytes.of(layer, x.dtype), tokens, self.num_layers, kept)
+            "decoder", x, layer, lambda: _recorded_bytes(LayerBytes.of(layer, x.dtype), tokens, self.num_layers, kept)
         )
 
     def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:

@@ -42,7 +42,7 @@ class Recordings:
         self._record = record
         self._shapes: dict[tuple, _Shape] = {}
         self._current: dict[str, _Shape | None] = {}
-        self._weights: dict[str, int] = {}
+        self._weights: dict[str, int] = {}  # entries of a layer's matrices
 
     def __reduce__(self) -> tuple:
         return Recordings, (), {"is_on": self.is_on}  # a copied or stored model makes its own
@@ -59,10 +59,9 @@ class Recordings:
         return self.is_on and weights is not None and 4 * rows * weights < _LAUNCH_SECONDS * product_rate(device)
 
     def begin(
-        self, part: str, x: torch.Tensor, weights: int, nbytes: Callable[[], int], *, round_rows: bool = False
+        self, part: str, x: torch.Tensor, layer: Any, nbytes: Callable[[], int], *, round_rows: bool = False
     ) -> None:
-        """Start a forward of a part with the input `x` of its first layer. The matrices of a layer have `weights`
-        entries; `nbytes` says what all layers hold.
+        """Start a forward of a part with its first layer and the input `x` of that. `nbytes` says what all layers hold.
 
         With `round_rows` one recording serves batches of up to a multiple of so many rows, where they cost nothing:
         those whose calls have documents in a single row.
@@ -70,7 +69,7 @@ class Recordings:
         can_record = self._record is not None or (x.is_cuda and torch.version.hip is None)
         if not can_record:
             return
-        self._weights[part] = weights
+        self._weights[part] = sum(group.out_features * group.in_features for group in layer.groups())
         self._current[part] = None
         if not (self.is_on and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
             return

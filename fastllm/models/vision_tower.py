@@ -21,8 +21,8 @@ from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.dispatch import compute_dtype
 from ..kernels.documents import Documents
 from ..kernels.layer_definition import Norm
-from ..kernels.lora import ProjectionGroup
-from ..kernels.vision_block import BlockCall, BlockPass, LayerNorm, VisionBlock, is_random, vision_block
+from ..kernels.lora import ProjectionGroup, draws_masks
+from ..kernels.vision_block import BlockCall, BlockPass, LayerNorm, VisionBlock, vision_block
 from .blocks import Forward, checkpointing_requested
 from .fused_parts import ACTIVATIONS
 from .lora_view import CACHE, group_of
@@ -164,10 +164,9 @@ class Tower:
         recordings, index = self.planner.recordings, getattr(module, BLOCK_INDEX)
         rounds = x.dim() == 2 and call.attention.mask is None  # images end to end
         if index == 0:
-            nbytes = self.num_blocks * x.shape[:-1].numel() * block_bytes(block, x.dtype)
-            weights = sum(group.out_features * group.in_features for group in block.groups())
-            recordings.begin("tower", x, weights, lambda: nbytes, round_rows=rounds)
-        if is_random(block) or has_foreign_hooks(module):
+            patches = self.num_blocks * x.shape[:-1].numel()
+            recordings.begin("tower", x, block, lambda: patches * block_bytes(block, x.dtype), round_rows=rounds)
+        if draws_masks(block) or has_foreign_hooks(module):
             return None
         if rounds:
             documents = call.attention.documents or self.single_image(x)

@@ -193,3 +193,12 @@ def check_op(
         coarsest = computed_in if name.startswith("d") else None
         assert_parity(name, ours[name], theirs[name], truth[name], limit, computed_in=coarsest)
     return ours, theirs, truth
+
+
+def check_no_farther(ours: Tensors, theirs: Tensors, truth: Tensors) -> None:
+    """Raise `OverLimit` where a tensor is more than twice as far from the truth as theirs, beyond the order of sums."""
+    for name, expected in truth.items():
+        limit = max(2 * float((theirs[name] - expected).norm() / expected.norm()), 2e-6)
+        error = float((ours[name] - expected).norm() / expected.norm())
+        if not error <= limit:
+            raise OverLimit(f"{name}: {error:.2e} > {limit:.2e}")

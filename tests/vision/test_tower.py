@@ -10,7 +10,7 @@ from fastllm.kernels import documents
 from fastllm.models import memory, vision_tower
 from fastllm.models.patch import restore, unwrapped
 from fastllm.models.vision_tower import TOWER
-from tests.kernels.parity import OverLimit
+from tests.kernels.parity import OverLimit, check_no_farther
 from tests.models.families import step
 from tests.planting import Bug, plant
 
@@ -61,12 +61,9 @@ def check_tower(checkpoint):
     theirs, their_grads = tower_step(model)
     exact, exact_grads = tower_step(copy.deepcopy(model).double(), torch.float64)
     assert our_grads.keys() == their_grads.keys() and len(our_grads) >= 16
-    for name, truth in {"features": exact, **exact_grads}.items():
-        mine, other = (ours, theirs) if name == "features" else (our_grads[name], their_grads[name])
-        limit = max(2 * float((other - truth).norm() / truth.norm()), 2e-6)
-        error = float((mine - truth).norm() / truth.norm())
-        if not error <= limit:
-            raise OverLimit(f"{name}: {error:.2e} > {limit:.2e}")
+    check_no_farther(
+        {"features": ours, **our_grads}, {"features": theirs, **their_grads}, {"features": exact, **exact_grads}
+    )
 
 
 def test_features_and_gradients_are_those_of_transformers(checkpoint):

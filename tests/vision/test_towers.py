@@ -11,7 +11,7 @@ from fastllm.kernels import documents
 from fastllm.models import memory, vision_tower
 from fastllm.models.patch import restore, unwrapped
 from fastllm.models.vision_tower import TOWER
-from tests.kernels.parity import OverLimit
+from tests.kernels.parity import OverLimit, check_no_farther
 from tests.models.families import fast_copy, with_lora
 from tests.planting import Bug, plant
 
@@ -78,12 +78,9 @@ def check_tower(name, **options):
     theirs, their_grads = tower_step(model, name)
     exact, exact_grads = tower_step(copy.deepcopy(model).double(), name, torch.float64)
     assert our_grads.keys() == their_grads.keys() and our_grads
-    for part, truth in {"features": exact, **exact_grads}.items():
-        mine, other = (ours, theirs) if part == "features" else (our_grads[part], their_grads[part])
-        limit = max(2 * float((other - truth).norm() / truth.norm()), 2e-6)
-        error = float((mine - truth).norm() / truth.norm())
-        if not error <= limit:
-            raise OverLimit(f"{part}: {error:.2e} > {limit:.2e}")
+    check_no_farther(
+        {"features": ours, **our_grads}, {"features": theirs, **their_grads}, {"features": exact, **exact_grads}
+    )
 
 
 def test_features_and_gradients_are_those_of_transformers(name):
