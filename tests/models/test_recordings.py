@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,6 +265,16 @@ def test_what_changes_all_the_time_is_recorded_less_and_less(make, device):
 
     assert_trained_alike(*(train(each, device, steps=24, change=new_memory) for each in (model, without)))
     assert sum(made[:24]) == 3, "at the third batch, the eighth and the seventeenth"
+
+
+@pytest.mark.parametrize(("index", "has_backward", "fits"), [(4, False, True), (2, False, False), (4, True, False)])
+def test_layers_are_recorded_in_order_and_before_any_backward(index, has_backward, fits):
+    """Recordings share memory: what a layer keeps must not lie where a pass that runs after it writes."""
+    shape = recordings._Shape(torch.device("cpu"), None)
+    for known in (1, 3):
+        recorded = SimpleNamespace(has_backward=has_backward)
+        shape.passes[known] = recordings._Known(recorded, None, [], ())
+    assert shape.takes(index) == fits
 
 
 def test_hidden_states_that_are_asked_for_stay_what_they_are(make, device):

@@ -1,0 +1,48 @@
+"""A recording serves fewer rows than it was made for, one forward after the other."""
+
+import pytest
+import torch
+
+from fastllm.kernels.attention import AttentionCase
+from fastllm.kernels.documents import Documents
+from fastllm.kernels.recorded_inputs import SharedInputs, rounded
+from fastllm.kernels.recorded_pass import RecordedPass
+from fastllm.kernels.vision_block import BlockCall
+
+from .repetition import repeat
+
+ROWS = 16
+
+
+class Scaling:
+    """y = x * weight, as a pass that keeps its input only."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def forward(self, x, call):
+        return x * self.weight.detach(), None, "none"
+
+    def backward(self, dy, x, call, kept, backend, needs):
+        return dy * self.weight.detach(), [(dy * x).sum(0)]
+
+
+def call_of(rows):
+    documents = Documents.whole_rows(1, rows, torch.device("cpu"))
+    return rounded(BlockCall(AttentionCase(1.0, documents=documents, causal=False)), ROWS)
+
+
+@pytest.mark.parametrize("lengths", [[11, 5, 16, 2], [16, 3, 3]])
+def test_gradients_are_those_of_the_given_rows(lengths):
+    """Whatever a longer batch left behind it."""
+    weight = torch.randn(4, requires_grad=True)
+    recorded = None
+    for rows in lengths:
+        x, upstream = torch.randn(rows, 4, requires_grad=True), torch.randn(rows, 4)
+        if recorded is None:
+            recorded = RecordedPass(Scaling(weight), x, call_of(rows), [weight], SharedInputs(ROWS), repeat)
+        y = recorded(x, call_of(rows))
+        found = torch.autograd.grad(y, (x, weight), upstream)
+        expected = torch.autograd.grad(x * weight, (x, weight), upstream)
+        torch.testing.assert_close(y, x * weight, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected)
