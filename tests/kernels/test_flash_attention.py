@@ -13,6 +13,7 @@ from fastllm.kernels.attention import (
     choose_backend,
 )
 from fastllm.kernels.dispatch import backend
+from fastllm.kernels.flash_attention import flash_attention_forward
 
 from ..planting import Bug, plant
 from .conftest import SETTINGS
@@ -62,6 +63,18 @@ def test_shapes(setting, shape, name):
     if setting.dtype == torch.float32 and SHAPES[shape][-1] > 128:
         pytest.skip("fp32 heads are at most 128 wide")
     check_narrowed(setting, name, "triton", SHAPES[shape])
+
+
+def test_a_cap_far_above_the_scores_changes_nothing(setting):
+    """tanh keeps the digits of what is small."""
+    tensors = [setting.randn(1, 2, 33, 64) for _ in range(3)]
+    found = []
+    for softcap in (1e4, 0.0):
+        with setting.active():
+            out, _ = flash_attention_forward(*tensors, scaling=0.125, softcap=softcap)
+        found.append(out.float())
+    eps = torch.finfo(setting.dtype).eps
+    assert float((found[0] - found[1]).norm()) <= 2 * eps * float(found[1].norm())
 
 
 def test_views_of_joined_projections(setting):

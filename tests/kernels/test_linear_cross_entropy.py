@@ -313,6 +313,19 @@ def check_statistics(setting: Setting, case: Case) -> None:
         raise OverLimit("is_top1 differs from argmax")
 
 
+def test_a_cap_far_above_the_logits_changes_nothing(fp32):
+    """tanh keeps the digits of what is small."""
+    case = Case(is_skipping=False)
+    labels, head = labels_of(fp32, case), head_of(head_tensors(fp32, case))
+    hidden = fp32.randn(case.rows, WIDTH)
+    with fp32.active():
+        capped, plain = (
+            linear_token_losses(hidden, head, labels, transform=transform).nll
+            for transform in (LogitTransform(softcap=1e5), LogitTransform())
+        )
+    assert float((capped - plain).norm()) <= 3e-7 * float(plain.norm())
+
+
 @pytest.mark.parametrize(
     "case",
     [Case(), Case(vocab=4099), Case(transform=LogitTransform(1.7, 30.0), is_skipping=False)],

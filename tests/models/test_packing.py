@@ -231,5 +231,7 @@ def test_trl_trains_the_same_packed_as_padded(checkpoint, tmp_path, changes, cas
     got, got_eval, weights = sft(checkpoint, tmp_path / "packed", **changes)
     assert all(case.documents.cu_seqlens.numel() == 5 and case.mask is None for case in cases)
     assert got == pytest.approx(expected, rel=1e-5) and got_eval == pytest.approx(expected_eval, rel=1e-5)
+    # Adam's steps, of 1e-2 here, are as long where a gradient is of rounding's size; on a GPU the kernels differ too.
+    atol = 1e-4 if torch.cuda.is_available() else 1e-5
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-3, atol=atol)

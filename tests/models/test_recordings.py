@@ -140,9 +140,9 @@ def test_lengths_are_rounded_up_so_that_shapes_come_again(make, device):
             assert float((left[name] - expected).norm()) <= limit * float(expected.norm()), name
     assert recorded(with_recordings) == (2, 8)
     inputs = batch(CONFIG, seed=1, device=device, length=31)
-    found, expected = (model(**inputs).logits[:, 3:5].float() for model in (with_recordings, without))
+    found, expected = (model(**inputs).logits[:, 3:5].detach().float() for model in (with_recordings, without))
     assert with_recordings(**inputs).logits.shape[1] == 31
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert float((found - expected).norm()) <= limit * float(expected.norm())
 
 
 def test_lengths_stay_what_they_are_where_a_gpu_has_no_time_to_spare(make, device, monkeypatch):
@@ -183,7 +183,7 @@ def test_positions_and_masks_of_each_batch_count(make, device):
         batches.append({**inputs, "attention_mask": mask})
     for seed in range(6):
         inputs = batch(CONFIG, seed=seed, device=device, rows=1, length=24)
-        first = 12 if seed % 2 else 8
+        first = 16 if seed % 2 else 8  # the longer document has 16 tokens: one shape to a kernel
         positions = torch.cat([torch.arange(first), torch.arange(24 - first)])[None].to(device)
         batches.append({"input_ids": inputs["input_ids"], "labels": inputs["labels"], "position_ids": positions})
     with_recordings, without = make()

@@ -87,13 +87,14 @@ def test_features_of_the_last_layer_but_one(llava, checkpointing):
     """What LLaVA reads from its tower is recorded by transformers: loss and gradients as without fast classes."""
     steps = []
     for patch in (True, False):
-        model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False, patch=patch)
+        model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=False, dtype=torch.float32, patch=patch)
         model = FastVisionModel.get_peft_model(model, r=4, use_gradient_checkpointing=checkpointing)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-        loss = model(**UnslothVisionDataCollator(model, processor)([row(0), row(1, answer="fox")])).loss
+        inputs = UnslothVisionDataCollator(model, processor)([row(0), row(1, answer="fox")])
+        loss = model(**on_device_of(model, inputs)).loss
         loss.backward()
         steps.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (ours, our_grads), (theirs, their_grads) = steps

@@ -1,0 +1,22 @@
+"""Soft-capping, inside the kernels of attention and of the loss:  c(s) = cap * tanh(s / cap).
+
+Most scores are small beside their cap, where 2 sigmoid(2 x) - 1 has lost the digits that tanh(x) ~ x still has: tanh is
+an odd polynomial there. Source: Moshier, "Methods and Programs for Mathematical Functions" (Cephes), `tanhf`; Gemma 2,
+arXiv 2408.00118.
+"""
+
+from .dispatch import jit, tl
+
+
+@jit
+def soft_capped(scores, cap):
+    """`scores` fp32 of any shape, `cap` > 0."""
+    x = scores / cap
+    square = x * x
+    near = -5.70498872745e-3
+    near = near * square + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    near = near * square * x + x
+    return cap * tl.where(square < 0.390625, near, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
