@@ -27,6 +27,10 @@ def _collected() -> dict[str, Any]:
     return output_capturing._active_collector.get() or {}
 
 
+# Where a PEFT layer holds which of its adapters are on.
+ADAPTER_SWITCHES = ("_active_adapter", "_disable_adapters", "merged_adapters")
+
+
 def adapter_switches(module: Any) -> tuple[tuple[str, ...], tuple[bool, bool]]:
     """(names of the active adapters, (adapters are off, they are merged into the base)) of a PEFT layer.
 
@@ -35,7 +39,7 @@ def adapter_switches(module: Any) -> tuple[tuple[str, ...], tuple[bool, bool]]:
     """
     attributes = module.__dict__
     try:
-        active, is_off, merged = (attributes[n] for n in ("_active_adapter", "_disable_adapters", "merged_adapters"))
+        active, is_off, merged = (attributes[name] for name in ADAPTER_SWITCHES)
     except KeyError:
         names = tuple(getattr(module, "active_adapters", ()))
         return names, (bool(getattr(module, "disable_adapters", False)), bool(getattr(module, "merged", False)))

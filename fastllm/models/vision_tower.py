@@ -24,11 +24,12 @@ from ..kernels.layer_definition import Norm
 from ..kernels.lora import ProjectionGroup, draws_masks
 from ..kernels.vision_block import BlockCall, BlockPass, LayerNorm, VisionBlock, vision_block
 from .blocks import Forward, checkpointing_requested
-from .fused_parts import ACTIVATIONS
-from .lora_view import CACHE, group_of
+from .fused_parts import ACTIVATIONS, Made
+from .lora_view import CACHE, group_of, watch_hooks
 from .memory import ActivationPlanner, block_bytes
 from .model_methods import PLANNER
 from .packed_rows import attention_mask
+from .watch import Watch
 
 # Attributes of each block: the tower that it belongs to, and its place there.
 TOWER = "_fastllm_tower"
@@ -100,36 +101,47 @@ def block_forward(otherwise: Forward) -> Forward:
 
 def fused_block(block: Any) -> VisionBlock | str:
     """The vision block as tensors and numbers, or why it can't run as one node."""
-    names: BlockNames = block.block_names
+    cache = block.__dict__.setdefault(CACHE, {})
+    known = cache.get("block")
+    if known is not None and known.watch.holds():
+        return known.fused
+    watch, names = Watch(), block.block_names
     attention_module = getattr(block, names.attention)
-    implementation = attention_module.config._attn_implementation
+    config = attention_module.config
+    implementation = _implementation(config)
     if implementation not in SERVED_ATTENTION:
         return f"its attention implementation is {implementation!r}"
-    activation = ACTIVATIONS.get(attention_module.config.hidden_act)
+    activation = ACTIVATIONS.get(config.hidden_act)
     if activation is None:
-        return f"its activation is {attention_module.config.hidden_act!r}"
+        return f"its activation is {config.hidden_act!r}"
     if block._parameters:
         return f"it computes with {' and '.join(block._parameters)} besides"
     for name, module in block._modules.items():
         if has_foreign_hooks(module):
             return f"a forward hook is registered on {name}"
+        watch_hooks(watch, module)
     norms = [_norm_of(getattr(block, name)) for name in (names.norm1, names.norm2)]
     for name, norm in zip((names.norm1, names.norm2), norms, strict=True):
         if isinstance(norm, str):
             return f"{name}: {norm}"
-    groups = _groups_of(block)
+        watch.entries(block._modules[name]._parameters, "weight", "bias")
+    groups = _groups_of(block, watch)
     if isinstance(groups, str):
         return groups
     qkv, output, up, down = groups
     norm1, norm2 = norms
     assert not isinstance(norm1, str) and not isinstance(norm2, str)
-    cache = block.__dict__.setdefault(CACHE, {})
-    made_from = (*groups, *(tensor for norm in (norm1, norm2) for tensor in (norm.weight, getattr(norm, "bias", None))))
-    known = cache.get("block")
-    if known is not None and all(a is b for a, b in zip(known[0], made_from, strict=True)):
-        return known[1]
+    watch.entries(block._modules, *block._modules)
+    watch.entries(attention_module.__dict__, "head_dim")
+    watch.entries(config.__dict__, "hidden_act")
+    watch.answer(_implementation, config)
+    tensors = (tensor for norm in (norm1, norm2) for tensor in (norm.weight, getattr(norm, "bias", None)))
+    made_from = (activation, *groups, *tensors)
+    if known is not None and all(a is b for a, b in zip(known.made_from, made_from, strict=True)):
+        cache["block"] = known._replace(watch=watch)
+        return known.fused
     fused = VisionBlock(norm1, qkv, output, norm2, up, down, activation, attention_module.head_dim)
-    cache["block"] = (made_from, fused)
+    cache["block"] = Made(fused, made_from, watch)
     return fused
 
 
@@ -262,8 +274,12 @@ def _norm_of(module: Any) -> LayerNorm | Norm | str:
     return f"it is a {kind.__name__}, not a LayerNorm with weight and bias or an RMSNorm"
 
 
-def _groups_of(block: Any) -> tuple[ProjectionGroup, ...] | str:
-    """(qkv; output; up, or gate and up; down), or why they can't be fused."""
+def _implementation(config: Any) -> str:
+    return config._attn_implementation
+
+
+def _groups_of(block: Any, watch: Watch) -> tuple[ProjectionGroup, ...] | str:
+    """(qkv; output; up, or gate and up; down), or why they can't be fused; `watch` learns what that depends on."""
     names: BlockNames = block.block_names
     attention_module, mlp = getattr(block, names.attention), getattr(block, names.mlp)
     ups, down = next((parts for parts in _MLPS if hasattr(mlp, parts[1])), ((), ""))
@@ -274,7 +290,8 @@ def _groups_of(block: Any) -> tuple[ProjectionGroup, ...] | str:
     )  # fmt: skip
     groups = []
     for owner, parts in wanted:
-        group = group_of(owner, " ".join(parts), [getattr(owner, part) for part in parts])
+        modules = [getattr(owner, part) for part in parts]
+        group = group_of(owner, " ".join(parts), modules, watch)
         if isinstance(group, str):
             return f"{' or '.join(parts)}: {group}"
         groups.append(group)
