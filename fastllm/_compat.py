@@ -58,6 +58,13 @@ def has_foreign_hooks(module: Any) -> bool:
     return bool(hooks) and any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks.values())
 
 
+def has_global_hooks() -> bool:
+    """Whether somebody's hook is called for every module. torch has no public question for it."""
+    from torch.nn.modules import module
+
+    return bool(module._has_any_global_hook())
+
+
 def use_expandable_segments() -> bool:
     """Let CUDA's caching allocator grow its segments in place, so that tensors of many sizes leave no holes.
 

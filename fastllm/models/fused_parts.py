@@ -10,7 +10,7 @@ from .._compat import has_foreign_hooks
 from ..kernels.layer_definition import DecoderLayer, Norm
 from ..kernels.lora import ProjectionGroup
 from .lora_view import CACHE, group_of, watch_hooks
-from .watch import Watch
+from .watch import Watch, same
 
 TwoGroups: TypeAlias = tuple[ProjectionGroup, ProjectionGroup]
 
@@ -88,13 +88,15 @@ def fused_layer(layer: Any) -> DecoderLayer | str:
     activation = activation_of(mlp)
     assert activation is not None
     norms = _norms_of(layer)
+    weights = []
     for module in norms.values():
-        watch.entries(module._parameters, "weight")
+        watch.tensors(module, "weight")
+        weights += [module.weight, module.weight.data_ptr(), module.weight.requires_grad]
     watch.entries(layer._modules, *layer._modules)
     watch.entries(attention_module.__dict__, "is_causal", "head_dim")
     watch.entries(mlp.config.__dict__, "hidden_activation", "hidden_act")
-    made_from = (activation, *attention_part, *mlp_part, *(module.weight for module in norms.values()))
-    if known is not None and all(a is b for a, b in zip(known.made_from, made_from, strict=True)):
+    made_from = (activation, *attention_part, *mlp_part, *weights)
+    if known is not None and same(known.made_from, made_from):
         cache["layer"] = known._replace(watch=watch)
         return known.fused
     fused = DecoderLayer(

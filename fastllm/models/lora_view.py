@@ -140,10 +140,9 @@ def _watch_projection(watch: Watch, module: nn.Module) -> None:
     watch.entries(modules, "base_layer")
     base = modules.get("base_layer") or module
     watch_hooks(watch, module)
-    watch.entries(base._parameters, "weight", "bias")
     weight: Any = base._parameters.get("weight")
+    watch.tensors(base, "weight", "bias")
     if weight is not None:
-        watch.tensor(weight)
         watch.entries(weight.__dict__, "quant_state")
         quantization = getattr(weight, "quant_state", None)
         if quantization is not None:
@@ -162,7 +161,7 @@ def _watch_projection(watch: Watch, module: nn.Module) -> None:
             for parts in (adapters_a, adapters_b, dropouts):
                 watch.entries(parts._modules, name)
             for part in (adapters_a._modules[name], adapters_b._modules[name]):
-                watch.entries(part._parameters, "weight")  # pyright: ignore[reportOptionalMemberAccess]
+                watch.tensors(part, "weight")
             watch.entries(module.__dict__["scaling"], name)
             if isinstance(dropouts._modules[name], nn.Dropout):
                 watch.entries(module.__dict__, "training")

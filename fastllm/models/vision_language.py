@@ -40,15 +40,21 @@ def vision_language_arch(
 
 
 def qwen_vl_arch(
-    model_type: str, module: Any, prefix: str, *, text_prefix: str, names: Mapping[str, str] = {}
+    model_type: str,
+    module: Any,
+    prefix: str,
+    *,
+    text_prefix: str,
+    hands_on: bool = True,
+    names: Mapping[str, str] = {},
 ) -> Arch | None:
     """The record of a Qwen-VL family, whose tokens have three positions each, or None where its layers would have to
-    compose the rotary angles themselves."""
+    compose the rotary angles themselves. `hands_on`: layers and blocks give what they compute to the next one only."""
     if not composes_angles(getattr(module, f"{text_prefix}RotaryEmbedding")):
         return None
-    decoder = decoder_classes(module, text_prefix, names=names)
+    decoder = decoder_classes(module, text_prefix, names=names, hands_on=hands_on)
     original = getattr(module, f"{prefix}ForConditionalGeneration")
     arch = vision_language_arch(
         model_type, original, decoder, lambda model: MultimodalPositions(type(model.model), model.config)
     )
-    return replace(arch, vision=vision_classes(module, f"{prefix}VisionBlock", _QWEN_BLOCK))
+    return replace(arch, vision=vision_classes(module, f"{prefix}VisionBlock", _QWEN_BLOCK, hands_on=hands_on))

@@ -24,12 +24,13 @@ from ..kernels.layer_definition import Norm
 from ..kernels.lora import ProjectionGroup, draws_masks
 from ..kernels.vision_block import BlockCall, BlockPass, LayerNorm, VisionBlock, vision_block
 from .blocks import Forward, checkpointing_requested
+from .chains import Recordable
 from .fused_parts import ACTIVATIONS, Made
 from .lora_view import CACHE, group_of, watch_hooks
 from .memory import ActivationPlanner, block_bytes
 from .model_methods import PLANNER
 from .packed_rows import attention_mask
-from .watch import Watch
+from .watch import Watch, same
 
 # Attributes of each block: the tower that it belongs to, and its place there.
 TOWER = "_fastllm_tower"
@@ -52,17 +53,19 @@ class BlockNames:
     output: str = "out_proj"
 
 
-def vision_classes(module: Any, block: str, names: BlockNames) -> dict[type, type]:
+def vision_classes(module: Any, block: str, names: BlockNames, *, hands_on: bool = False) -> dict[type, type]:
     """The fast subclass of the class `block` of a transformers modeling module, e.g. `SiglipEncoderLayer`.
 
     Its instances are called with `position_embeddings` where the tower has rotary angles, and learn what each patch
     sees from `cu_seqlens` (images, frames or windows that lie end to end), from a dense `attention_mask`, or from
-    neither: then a patch sees its whole row.
+    neither: then a patch sees its whole row. `hands_on`: what a block gives goes to the next one as it is, and nowhere
+    else, as long as transformers does not collect it.
     """
     original = getattr(module, block)
     attributes = {
         "__module__": __name__,
         "block_names": names,
+        "hands_on": hands_on,
         "forward": block_forward(original.forward),
         "gradient_checkpointing": property(lambda self: False, checkpointing_requested),
     }
@@ -81,10 +84,11 @@ def block_forward(otherwise: Forward) -> Forward:
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden_states = take_hidden_states(given)
         lacks_angles = "position_embeddings" in names and given.get("position_embeddings") is None
+        tower: Tower = getattr(self, TOWER)
         block: VisionBlock | str = "its attention weights are wanted, or it lacks rotary angles"
         if not (attentions_are_collected() or lacks_angles):
-            block = fused_block(self)
-        tower: Tower = getattr(self, TOWER)
+            ran = tower.planner.recordings.layer_in_chain("tower", getattr(self, BLOCK_INDEX))
+            block = fused_block(self) if ran is None else ran
         if isinstance(block, str):
             if "cu_seqlens" not in names:
                 given = _with_dense_mask(self, hidden_states, given)
@@ -124,7 +128,7 @@ def fused_block(block: Any) -> VisionBlock | str:
     for name, norm in zip((names.norm1, names.norm2), norms, strict=True):
         if isinstance(norm, str):
             return f"{name}: {norm}"
-        watch.entries(block._modules[name]._parameters, "weight", "bias")
+        watch.tensors(block._modules[name], "weight", "bias")
     groups = _groups_of(block, watch)
     if isinstance(groups, str):
         return groups
@@ -135,9 +139,10 @@ def fused_block(block: Any) -> VisionBlock | str:
     watch.entries(attention_module.__dict__, "head_dim")
     watch.entries(config.__dict__, "hidden_act")
     watch.answer(_implementation, config)
-    tensors = (tensor for norm in (norm1, norm2) for tensor in (norm.weight, getattr(norm, "bias", None)))
-    made_from = (activation, *groups, *tensors)
-    if known is not None and all(a is b for a, b in zip(known.made_from, made_from, strict=True)):
+    tensors = [tensor for norm in (norm1, norm2) for tensor in (norm.weight, getattr(norm, "bias", None))]
+    places = [(t.data_ptr(), t.requires_grad) for t in tensors if t is not None]
+    made_from = (activation, *groups, *tensors, *places)
+    if known is not None and same(known.made_from, made_from):
         cache["block"] = known._replace(watch=watch)
         return known.fused
     fused = VisionBlock(norm1, qkv, output, norm2, up, down, activation, attention_module.head_dim)
@@ -170,7 +175,7 @@ class Tower:
         return self.planner.recomputes_tower(x.shape[:-1].numel(), kept, inputs, x.device)
 
     def recorded(
-        self, module: nn.Module, x: torch.Tensor, block: VisionBlock, call: BlockCall
+        self, module: Any, x: torch.Tensor, block: VisionBlock, call: BlockCall
     ) -> Callable[[], torch.Tensor] | None:
         """What runs the block of `module` as a recording, if anything does."""
         recordings, index = self.planner.recordings, getattr(module, BLOCK_INDEX)
@@ -184,9 +189,8 @@ class Tower:
             documents = call.attention.documents or self.single_image(x)
             call = replace(call, attention=replace(call.attention, documents=documents))
         dtype = compute_dtype(x, block.qkv.dtype)
-        return recordings.find(
-            "tower", index, x, call, block, lambda: BlockPass(block, dtype), conditions=(dtype, call.recompute)
-        )
+        how = Recordable(module, fused_block, lambda block: BlockPass(block, dtype), vision_block, module.hands_on)
+        return recordings.find("tower", index, x, call, block, how, conditions=(dtype, call.recompute))
 
     def single_image(self, x: torch.Tensor) -> Documents:
         """All rows as one document, made once a forward."""

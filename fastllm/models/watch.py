@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,11 +54,13 @@ class Watch:
             else:
                 self._empty.append(container)
 
-    def tensor(self, tensor: torch.Tensor) -> None:
-        """Where it lies, and whether it is trained."""
-        self._tensors.append(tensor)
-        self._pointers.append(tensor.data_ptr())
-        self._trained.append(tensor.requires_grad)
+    def tensors(self, module: Any, *names: str) -> None:
+        """Parameters of a module: which they are, where they lie, and whether they are trained."""
+        self.entries(module._parameters, *names)
+        for tensor in filter(torch.is_tensor, map(module._parameters.get, names)):
+            self._tensors.append(tensor)
+            self._pointers.append(tensor.data_ptr())
+            self._trained.append(tensor.requires_grad)
 
     def answer(self, function: Callable[[Any], Any], argument: Any) -> None:
         """The plain value of `function(argument)`."""
@@ -76,10 +78,8 @@ class Watch:
         if self._is_stale or any(self._empty):
             return False
         found = list(map(dict.get, self._mappings, self._keys, itertools.repeat(_MISSING)))
-        if not all(map(operator.is_, found, self._values)):
-            for now, then in zip(found, self._values, strict=True):
-                if now is not then and not (isinstance(now, _PLAIN) and now == then):
-                    return False
+        if not same(found, self._values):
+            return False
         # The weights of bitsandbytes are of a class of their own, which answers slowly.
         with torch._C.DisableTorchFunctionSubclass():
             if list(map(torch.Tensor.data_ptr, self._tensors)) != self._pointers:
@@ -89,6 +89,13 @@ class Watch:
         return all(container == copied for container, copied in self._filled) and all(
             function(argument) == value for function, argument, value in self._answers
         )
+
+
+def same(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two sequences of one length have the same objects and equal plain values."""
+    return all(map(operator.is_, left, right)) or all(
+        now is then or (isinstance(now, _PLAIN) and now == then) for now, then in zip(left, right, strict=True)
+    )
 
 
 def _stale() -> Watch:

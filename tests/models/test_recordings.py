@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from fastllm.kernels.recorded_pass import CudaRecorder
 from fastllm.models import recordings
+from fastllm.models.chains import Known
 from fastllm.models.fused_parts import fused_layer
 from fastllm.models.memory import ActivationPlanner, LayerBytes
 from fastllm.models.model_methods import PLANNER
@@ -273,7 +274,7 @@ def test_layers_are_recorded_in_order_and_before_any_backward(index, has_backwar
     shape = recordings._Shape(torch.device("cpu"), None)
     for known in (1, 3):
         recorded = SimpleNamespace(has_backward=has_backward)
-        shape.passes[known] = recordings._Known(recorded, None, [], ())
+        shape.passes[known] = Known(recorded, None, (), None)
     assert shape.takes(index) == fits
 
 

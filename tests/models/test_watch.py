@@ -17,9 +17,8 @@ from .families import FAMILIES, build, fast_copy, with_lora
 def watched_linear():
     module, watch = nn.Linear(2, 2), Watch()
     watch.entries(module.__dict__, "training", "forward", "scale")
-    watch.entries(module._parameters, "weight")
     watch.contents(module._forward_hooks)
-    watch.tensor(module.weight)
+    watch.tensors(module, "weight", "bias")
     watch.answer(len, [1, 2])
     return module, watch
 
