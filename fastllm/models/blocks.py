@@ -36,6 +36,7 @@ from ..kernels.rope import rope
 from .arch import Arch
 from .chains import Recordable
 from .fused_parts import ACTIVATIONS, activation_name, attention_groups, eps_of, fused_layer, head_group, mlp_groups
+from .image_layout import lay_out_images, needed_on_host, read_together
 from .length_rounding import lengthen
 from .logits import LazyLogits
 from .memory import ActivationPlanner
@@ -370,25 +371,31 @@ def _run_decoder(
         shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     device = model.lm_head.weight.device
     count = LabelCount(shift_labels)
-    mask = inputs.get("attention_mask")
-    if _is_right_padding(mask, shift_labels) and inputs.get("past_key_values") is None:
+    asked = needed_on_host(model, inputs)
+    is_right_padding = _is_right_padding(inputs.get("attention_mask"), shift_labels)
+    if is_right_padding is not None:
+        asked["is_right_padding"] = is_right_padding
+    on_host = read_together(asked)  # the host waits here once
+    if on_host.pop("is_right_padding", False) and inputs.get("past_key_values") is None:
         # Causal attention never lets a token see padding to its right.
         inputs["attention_mask"] = None
     lengthen(inputs, model.config, getattr(model, PLANNER).recordings)
     keep_documents_apart(model.config, inputs)
+    lay_out_images(model, inputs, on_host)
     with mixed_precision(model):
         outputs = model.model(**inputs)
     outputs.last_hidden_state = outputs.last_hidden_state[:, : shift_labels.shape[1]].to(device)
     return shift_labels.to(device), outputs, count
 
 
-def _is_right_padding(mask: torch.Tensor | None, aligned_labels: torch.Tensor) -> bool:
-    """Whether a 2-D mask only hides positions at the end of each row, none of which is trained."""
+def _is_right_padding(mask: torch.Tensor | None, aligned_labels: torch.Tensor) -> torch.Tensor | None:
+    """Whether a 2-D mask only hides positions at the end of each row, none of which is trained, as a bool on the
+    device; None without such a mask."""
     if mask is None or mask.dim() != 2 or mask.shape != aligned_labels.shape:
-        return False
+        return None
     visible = mask != 0
     ordered = (visible[:, 1:] <= visible[:, :-1]).all()
-    return bool(ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any())
+    return ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any()
 
 
 def checkpointing_requested(layer: Any, value: bool) -> None:

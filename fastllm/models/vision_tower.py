@@ -37,6 +37,8 @@ TOWER = "_fastllm_tower"
 BLOCK_INDEX = "_fastllm_block_index"
 # Attention implementations whose result the fused blocks give.
 SERVED_ATTENTION = ("sdpa", "eager")
+# Boundaries that are remembered: full attention and windows of the latest batches.
+_MOST_SEGMENTS = 16
 # (output of the first half of an MLP, the second half), by their names in transformers.
 _MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"))
 
@@ -156,7 +158,7 @@ class Tower:
     def __init__(self, num_blocks: int, planner: ActivationPlanner) -> None:
         self.num_blocks = num_blocks
         self.planner = planner
-        self._segments: collections.deque[Segments] = collections.deque(maxlen=2)  # full attention and windows
+        self._segments: collections.deque[Segments] = collections.deque(maxlen=_MOST_SEGMENTS)
         self._single_image: Documents | None = None
 
     def segments(self, cu_seqlens: torch.Tensor | None, attention_module: Any, device: torch.device) -> Segments:
