@@ -159,7 +159,9 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
             return decoder_layer(hidden_states, layer, LayerCall(cos, sin, case))
         keep = planner.keep(index, hidden_states, layer)
         kept_weights = planner.kept_weights(index, hidden_states)
-        call = LayerCall(cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights)
+        call = LayerCall(
+            cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights, planner.frees_weights
+        )
         recorded = None
         if keep is not Keep.OFFLOADED_INPUT and not draws_masks(layer) and not has_foreign_hooks(self):
             dtype = compute_dtype(hidden_states, layer.qkv.dtype)

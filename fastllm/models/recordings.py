@@ -58,19 +58,26 @@ class Recordings:
         return self.is_on and weights is not None and 4 * rows * weights < _LAUNCH_SECONDS * product_rate(device)
 
     def begin(
-        self, part: str, x: torch.Tensor, layer: Any, nbytes: Callable[[], int], *, round_rows: bool = False
+        self,
+        part: str,
+        x: torch.Tensor,
+        layer: Any,
+        nbytes: Callable[[], int],
+        *,
+        round_rows: bool = False,
+        is_wanted: bool = True,
     ) -> None:
         """Start a forward of a part with its first layer and the input `x` of that. `nbytes` says what all layers hold.
 
         With `round_rows` one recording serves batches of up to a multiple of so many rows, where they cost nothing:
-        those whose calls have documents in a single row.
+        those whose calls have documents in a single row. Where recordings are not `is_wanted` the part runs without.
         """
         can_record = self._record is not None or (x.is_cuda and torch.version.hip is None)
         if not can_record:
             return
         self._weights[part] = sum(group.out_features * group.in_features for group in layer.groups())
         self._current[part] = None
-        if not (self.is_on and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
+        if not (is_wanted and self.is_on and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
             return
         rows = -(-x.shape[-2] // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
         if not (round_rows and self.waits_for_host(part, rows, x.device)):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from fastllm.kernels.layer_definition import Keep
 from fastllm.kernels.recorded_pass import CudaRecorder
 from fastllm.models import chains, recordings
 from fastllm.models.arch import arch_of
@@ -374,6 +375,19 @@ def test_what_can_not_be_recorded_runs_without(make, device, messages, number):
     planner_of(with_recordings).recordings._record = failing
     assert_trained_alike(*(train(model, device) for model in (with_recordings, without)))
     assert recorded(with_recordings) == (0, 0) and messages().count("out of luck") == 1
+
+
+def test_layers_are_recorded_all_or_not_at_all(make, device, monkeypatch):
+    """Of a batch whose inputs are in host memory the last layer would be recorded alone, with memory of its own."""
+    model, without = make(setting="offload")
+    for each in (model, without):
+        planner = planner_of(each)
+        plan = [Keep.OFFLOADED_INPUT] * 3 + [Keep.INPUT]
+        monkeypatch.setattr(planner, "_make_plan", lambda *_, plan=plan: plan)
+        monkeypatch.setattr(planner, "offload", lambda x: lambda: x)
+        assert not planner.frees_weights
+    assert_trained_alike(train(model, device), train(without, device))
+    assert recorded(model) == (0, 0) and planner_of(model).frees_weights
 
 
 def test_dropout_is_never_recorded(make, device):
