@@ -128,7 +128,7 @@ class Recordings:
         starts_over, shape.last_index = index <= shape.last_index, index
         fixed = call if is_recordable(call) and not starts_over and x.device == shape.device else None
         if fixed is not None and shape.rows is not None:
-            fixed = rounded(fixed, shape.rows)
+            fixed = shape.rounded(fixed)
         known = shape.passes.get(index)
         signature = None
         if fixed is not None:
@@ -215,6 +215,13 @@ class _Shape:
         """Whether layer `index` can still be recorded: what it keeps must not lie where a later pass writes."""
         return all(index > known and not other.recorded.has_backward for known, other in self.passes.items())
 
+    def rounded(self, call: Any) -> Any | None:
+        """The call for as many rows as are recorded, made once for layers that share it; None where it has too many."""
+        assert self.rows is not None
+        if self._rounded is None or self._rounded[0] is not call:
+            self._rounded = call, rounded(call, self.rows)
+        return self._rounded[1]
+
     def links(self, first: int) -> list[Known]:
         """Layer `first`, and those after it that can run with it."""
         links = [self.passes[first]]
@@ -233,5 +240,6 @@ class _Shape:
         self.passes: dict[int, Known] = {}
         self.shared = SharedInputs(self.rows)
         self.chain: Chain | None = None
+        self._rounded: tuple[Any, Any | None] | None = None
         self.record: Recorder | None = None
         self.replays = 0

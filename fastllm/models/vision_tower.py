@@ -160,6 +160,8 @@ class Tower:
         self.planner = planner
         self._segments: collections.deque[Segments] = collections.deque(maxlen=_MOST_SEGMENTS)
         self._single_image: Documents | None = None
+        self._calls: collections.deque[tuple[Any, Any, tuple, BlockCall]] = collections.deque(maxlen=2)
+        self._in_one_row: tuple[BlockCall, BlockCall] | None = None
 
     def segments(self, cu_seqlens: torch.Tensor | None, attention_module: Any, device: torch.device) -> Segments:
         """The segments that one call of the tower gives to each of its blocks; None: whole rows."""
@@ -188,11 +190,27 @@ class Tower:
         if draws_masks(block) or has_foreign_hooks(module):
             return None
         if rounds:
-            documents = call.attention.documents or self.single_image(x)
-            call = replace(call, attention=replace(call.attention, documents=documents))
+            call = self._call_in_one_row(call, x)
         dtype = compute_dtype(x, block.qkv.dtype)
         how = Recordable(module, fused_block, lambda block: BlockPass(block, dtype), vision_block, module.hands_on)
         return recordings.find("tower", index, x, call, block, how, conditions=(dtype, call.recompute))
+
+    def call(
+        self, angles: Any, cu_seqlens: torch.Tensor | None, given: tuple, make: Callable[[], BlockCall]
+    ) -> BlockCall:
+        """What `make` gave for the same angles and boundaries in the same setting, if a block just asked for it."""
+        for known_angles, known_cu_seqlens, known_given, call in self._calls:
+            if known_angles is angles and known_cu_seqlens is cu_seqlens and known_given == given:
+                return call
+        self._calls.append((angles, cu_seqlens, given, make()))
+        return self._calls[-1][-1]
+
+    def _call_in_one_row(self, call: BlockCall, x: torch.Tensor) -> BlockCall:
+        """The call with all rows as a document where it has no documents, made once for blocks that share it."""
+        if self._in_one_row is None or self._in_one_row[0] is not call:
+            documents = call.attention.documents or self.single_image(x)
+            self._in_one_row = call, replace(call, attention=replace(call.attention, documents=documents))
+        return self._in_one_row[1]
 
     def single_image(self, x: torch.Tensor) -> Documents:
         """All rows as one document, made once a forward."""
@@ -238,16 +256,22 @@ def _call_of(block_module: Any, block: VisionBlock, x: torch.Tensor, given: Mapp
     tower: Tower = getattr(block_module, TOWER)
     attention_module = getattr(block_module, block_module.block_names.attention)
     angles = given.get("position_embeddings")
-    cos, sin = (None, None) if angles is None else (part.unsqueeze(0) for part in angles)
-    recompute = torch.is_grad_enabled() and tower.recomputes(x, block)
     mask = given.get("attention_mask")
-    if mask is None:
-        segments = tower.segments(given.get("cu_seqlens"), attention_module, x.device)
-        return BlockCall(segments.case, cos, sin, recompute, segments.choose_backend)
-    if mask.is_floating_point():
-        mask = mask.to(compute_dtype(x, block.qkv.dtype))
+    cu_seqlens = given.get("cu_seqlens")
+    recompute = torch.is_grad_enabled() and tower.recomputes(x, block)
     scaling, dropout = _scaling_and_dropout(attention_module)
-    return BlockCall(AttentionCase(scaling, mask, dropout, causal=False), cos, sin, recompute)
+
+    def make() -> BlockCall:
+        cos, sin = (None, None) if angles is None else (part.unsqueeze(0) for part in angles)
+        if mask is None:
+            segments = tower.segments(cu_seqlens, attention_module, x.device)
+            return BlockCall(segments.case, cos, sin, recompute, segments.choose_backend)
+        seen = mask.to(compute_dtype(x, block.qkv.dtype)) if mask.is_floating_point() else mask
+        return BlockCall(AttentionCase(scaling, seen, dropout, causal=False), cos, sin, recompute)
+
+    if mask is not None:
+        return make()
+    return tower.call(angles, cu_seqlens, (scaling, dropout, recompute, x.device, x.shape[:-1]), make)
 
 
 def _with_dense_mask(block_module: Any, x: torch.Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
