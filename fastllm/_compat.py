@@ -27,6 +27,10 @@ def _collected() -> dict[str, Any]:
     return output_capturing._active_collector.get() or {}
 
 
+# Where a PEFT layer holds which of its adapters are on.
+ADAPTER_SWITCHES = ("_active_adapter", "_disable_adapters", "merged_adapters")
+
+
 def adapter_switches(module: Any) -> tuple[tuple[str, ...], tuple[bool, bool]]:
     """(names of the active adapters, (adapters are off, they are merged into the base)) of a PEFT layer.
 
@@ -35,7 +39,7 @@ def adapter_switches(module: Any) -> tuple[tuple[str, ...], tuple[bool, bool]]:
     """
     attributes = module.__dict__
     try:
-        active, is_off, merged = (attributes[n] for n in ("_active_adapter", "_disable_adapters", "merged_adapters"))
+        active, is_off, merged = (attributes[name] for name in ADAPTER_SWITCHES)
     except KeyError:
         names = tuple(getattr(module, "active_adapters", ()))
         return names, (bool(getattr(module, "disable_adapters", False)), bool(getattr(module, "merged", False)))
@@ -52,6 +56,13 @@ def has_foreign_hooks(module: Any) -> bool:
         return True
     hooks = module._forward_hooks
     return bool(hooks) and any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks.values())
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody's hook is called for every module. torch has no public question for it."""
+    from torch.nn.modules import module
+
+    return bool(module._has_any_global_hook())
 
 
 def use_expandable_segments() -> bool:

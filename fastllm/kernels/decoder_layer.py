@@ -153,7 +153,7 @@ def _backward_pass(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x and of `layer.parameters()`, where `needs` asks for them. Without `state` the forward from
     `fetch()`, its input, runs again: with the same attention kernel and random numbers."""
-    weights = PreparedGroups(layer, dtype, call.kept_weights, shared=state is None)
+    weights = PreparedGroups(layer, dtype, call.kept_weights, shared=state is None and not call.frees_weights)
     is_fresh = state is None
     if state is None:
         x = fetch()

@@ -82,7 +82,8 @@ class DecoderLayer:
 class LayerCall:
     """What differs from call to call: rotary angles [B or 1, S, rotary_dim], the attention case and who picks its
     backend, what to keep, and for `Keep.OFFLOADED_INPUT` where to put the input: `offload(x)` returns what fetches it
-    back; `kept_weights` is where dequantised weights stay until the next call, None frees them after use."""
+    back; `kept_weights` is where dequantised weights stay until the next call, None frees them after use, which
+    `frees_weights` makes a recomputation do, too, before the backward needs them again."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -91,6 +92,7 @@ class LayerCall:
     offload: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None
     choose_backend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCase], str] = choose_backend
     kept_weights: KeptWeights | None = None
+    frees_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.keep is Keep.OFFLOADED_INPUT and self.offload is None:

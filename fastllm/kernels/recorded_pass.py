@@ -14,6 +14,7 @@ Source: NVIDIA, CUDA C++ Programming Guide, "CUDA Graphs"; torch.cuda.CUDAGraph 
 from __future__ import annotations
 
 import copy
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -64,7 +65,7 @@ class RecordedPass:
     ) -> None:
         self._pass, self._shared, self._record = layer_pass, shared, record
         self._needs = (x.requires_grad, *(p is not None and p.requires_grad for p in parameters))
-        self._trained = [p for p in parameters if p is not None and p.requires_grad]
+        self.trained = [p for p in parameters if p is not None and p.requires_grad]
         self._x = shared.fixed(x)
         self._inputs = shared.copies_of(call, x.shape[-2])
         self._call = self._with_fixed_inputs(call)
@@ -91,23 +92,34 @@ class RecordedPass:
 
     def __call__(self, x: torch.Tensor, call: Any) -> torch.Tensor:
         """The layer under autograd; of the same shape and layer as what was recorded."""
-        return _Replayed.apply(x, self, call, *self._trained)
+        return replay([self], x, call)
 
-    def start(self) -> object:
-        """What has to be held until the backward is done."""
-        ticket = _Ticket()
-        self._busy = weakref.ref(ticket)
-        return ticket
+    def follows(self, other: RecordedPass) -> bool:
+        """Whether it reads the output of `other` where that is, and beside it what that reads."""
+        return (
+            self._x.data_ptr() == other._y.data_ptr()
+            and len(self._inputs) == len(other._inputs)
+            and all(map(operator.is_, self._inputs, other._inputs))
+        )
 
-    def forward(self, x: torch.Tensor, call: Any) -> torch.Tensor:
-        """y, overwritten by the next forward."""
+    def has_read(self, call: Any) -> bool:
+        """Whether the latest replay read what `call` brings along."""
+        return all(shared.is_of(source) for shared, source in zip(self._inputs, tensors_of(call), strict=True))
+
+    def load(self, x: torch.Tensor, call: Any) -> None:
+        """Put x and what the call brings along where the recording reads them."""
         rows = x.shape[-2]
         if x.data_ptr() != self._x.data_ptr():
             first_rows(self._x, rows).copy_(x)
         for shared, source in zip(self._inputs, tensors_of(call), strict=True):
             shared.update(source, rows)
+
+    def forward(self, ticket: _Ticket) -> torch.Tensor:
+        """y of what was loaded, for all recorded rows, overwritten by the next forward. The recording is busy as long
+        as `ticket` is held."""
+        self._busy = weakref.ref(ticket)
         self._replay_forward()
-        return first_rows(self._y.detach(), rows)
+        return self._y
 
     def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients of x, overwritten by the next backward, and of the trained parameters, which are not."""
@@ -158,7 +170,7 @@ class RecordedPass:
             kept.attention = copy.copy(kept.attention)
         dx, grads = self._pass.backward(self._dy, self._x, self._call, kept, self._backend, self._needs)
         written = [grad for grad in grads if grad is not None]
-        assert len(written) == len(self._trained)
+        assert len(written) == len(self.trained)
         if self._grads is None:
             self._grads = _FlatTensors(written, self._shared)
         self._grads.write(written)
@@ -171,25 +183,37 @@ class _Ticket:
     __slots__ = ("__weakref__",)
 
 
+def replay(passes: Sequence[RecordedPass], x: torch.Tensor, call: Any) -> torch.Tensor:
+    """Layers one after the other under autograd, as one node. Each but the first `follows` the one before it."""
+    return _Replayed.apply(x, passes, call, *(parameter for one in passes for parameter in one.trained))
+
+
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, recorded, call, *parameters):
-        ctx.recorded, ctx.ticket = recorded, recorded.start()
+    def forward(ctx, x, passes, call, *parameters):
+        ctx.passes, ctx.ticket = passes, _Ticket()
         ctx.save_for_backward(*parameters)
-        return recorded.forward(x, call)
+        passes[0].load(x, call)
+        y = x
+        for one in passes:
+            y = one.forward(ctx.ticket)
+        return first_rows(y.detach(), x.shape[-2])
 
     @staticmethod
     def backward(ctx, dy):
         _ = ctx.saved_tensors  # torch checks that no parameter was changed since the forward
-        recorded, ctx.recorded = ctx.recorded, None
-        if recorded is None:
+        passes, ctx.passes = ctx.passes, None
+        if passes is None:
             raise RuntimeError(
                 "the activations of this layer were freed by an earlier backward; fastllm's fused layers do not "
                 "support retain_graph or double backward: load the model with patch=False for those"
             )
-        dx, grads = recorded.backward(dy)
+        grads: list[list[torch.Tensor]] = []
+        for one in reversed(passes):
+            dy, found = one.backward(dy)
+            grads.append(found)
         ctx.ticket = None
-        return dx, None, None, *grads
+        return dy, None, None, *(grad for found in reversed(grads) for grad in found)
 
 
 class _FlatTensors:

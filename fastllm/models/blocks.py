@@ -34,7 +34,9 @@ from ..kernels.lora import ProjectionGroup, draws_masks, project_group
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from .arch import Arch
+from .chains import Recordable
 from .fused_parts import ACTIVATIONS, activation_name, attention_groups, eps_of, fused_layer, head_group, mlp_groups
+from .image_layout import lay_out_images, needed_on_host, read_together
 from .length_rounding import lengthen
 from .logits import LazyLogits
 from .memory import ActivationPlanner
@@ -134,9 +136,12 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
         **kwargs: Any,
     ) -> torch.Tensor:
         planner: ActivationPlanner = getattr(self, PLANNER)
+        attention_module = self._modules.get("self_attn")
+        index = -1 if attention_module is None else attention_module.layer_idx
         layer: DecoderLayer | str = "a key-value cache is in use"
         if past_key_values is None and position_embeddings is not None and not attentions_are_collected():
-            layer = fused_layer(self)
+            ran = planner.recordings.layer_in_chain("decoder", index)
+            layer = fused_layer(self) if ran is None else ran
         if isinstance(layer, str):
             call = _bind(
                 otherwise, self, attention_mask=attention_mask, position_ids=position_ids,
@@ -149,20 +154,21 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
         assert position_embeddings is not None
         cos, sin = position_embeddings
         kwargs["position_ids"] = position_ids  # flash-attn keeps documents apart by them
-        case = attention_case(self.self_attn, hidden_states, attention_mask, kwargs)
+        case = attention_case(attention_module, hidden_states, attention_mask, kwargs)
         if not torch.is_grad_enabled():
             return decoder_layer(hidden_states, layer, LayerCall(cos, sin, case))
-        index = self.self_attn.layer_idx
         keep = planner.keep(index, hidden_states, layer)
         kept_weights = planner.kept_weights(index, hidden_states)
-        call = LayerCall(cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights)
+        call = LayerCall(
+            cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights, planner.frees_weights
+        )
         recorded = None
         if keep is not Keep.OFFLOADED_INPUT and not draws_masks(layer) and not has_foreign_hooks(self):
             dtype = compute_dtype(hidden_states, layer.qkv.dtype)
+            how = Recordable(self, fused_layer, lambda layer: DecoderPass(layer, dtype), decoder_layer, self.hands_on)
             recorded = planner.recordings.find(
-                "decoder", index, hidden_states, call, layer, lambda: DecoderPass(layer, dtype),
-                conditions=(dtype, keep, kept_weights),
-            )  # fmt: skip
+                "decoder", index, hidden_states, call, layer, how, conditions=(dtype, keep, kept_weights)
+            )
         return decoder_layer(hidden_states, layer, call) if recorded is None else recorded()
 
     return forward
@@ -236,12 +242,20 @@ def token_losses(
 
 
 def decoder_classes(
-    module: Any, prefix: str, *, norm_offset: float = 0.0, caps_scores: bool = False, names: Mapping[str, str] = {}
+    module: Any,
+    prefix: str,
+    *,
+    norm_offset: float = 0.0,
+    caps_scores: bool = False,
+    hands_on: bool = True,
+    names: Mapping[str, str] = {},
 ) -> dict[type, type]:
     """Fast subclasses of a transformers modeling module whose decoder is Llama's: pre-norm, rotary attention, GLU MLP.
 
     Each keeps the name of the class it stands for, e.g. `LlamaMLP`. `names` gives those that are not called by prefix
     and suffix. `caps_scores`: attention heeds `attn_logit_softcapping`, which some configs have without a use for it.
+    `hands_on`: what a layer gives goes to the next one as it is, and nowhere else, as long as transformers does not
+    collect it.
     """
 
     def class_of(suffix: str) -> Any:
@@ -256,6 +270,7 @@ def decoder_classes(
             layer,
             forward=decoder_layer_forward(layer.forward),
             gradient_checkpointing=property(lambda self: False, checkpointing_requested),
+            hands_on=hands_on,
         ),
     }
 
@@ -358,25 +373,31 @@ def _run_decoder(
         shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     device = model.lm_head.weight.device
     count = LabelCount(shift_labels)
-    mask = inputs.get("attention_mask")
-    if _is_right_padding(mask, shift_labels) and inputs.get("past_key_values") is None:
+    asked = needed_on_host(model, inputs)
+    is_right_padding = _is_right_padding(inputs.get("attention_mask"), shift_labels)
+    if is_right_padding is not None:
+        asked["is_right_padding"] = is_right_padding
+    on_host = read_together(asked)  # the host waits here once
+    if on_host.pop("is_right_padding", False) and inputs.get("past_key_values") is None:
         # Causal attention never lets a token see padding to its right.
         inputs["attention_mask"] = None
     lengthen(inputs, model.config, getattr(model, PLANNER).recordings)
     keep_documents_apart(model.config, inputs)
+    lay_out_images(model, inputs, on_host)
     with mixed_precision(model):
         outputs = model.model(**inputs)
     outputs.last_hidden_state = outputs.last_hidden_state[:, : shift_labels.shape[1]].to(device)
     return shift_labels.to(device), outputs, count
 
 
-def _is_right_padding(mask: torch.Tensor | None, aligned_labels: torch.Tensor) -> bool:
-    """Whether a 2-D mask only hides positions at the end of each row, none of which is trained."""
+def _is_right_padding(mask: torch.Tensor | None, aligned_labels: torch.Tensor) -> torch.Tensor | None:
+    """Whether a 2-D mask only hides positions at the end of each row, none of which is trained, as a bool on the
+    device; None without such a mask."""
     if mask is None or mask.dim() != 2 or mask.shape != aligned_labels.shape:
-        return False
+        return None
     visible = mask != 0
     ordered = (visible[:, 1:] <= visible[:, :-1]).all()
-    return bool(ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any())
+    return ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any()
 
 
 def checkpointing_requested(layer: Any, value: bool) -> None:

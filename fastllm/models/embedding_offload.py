@@ -33,7 +33,10 @@ def offload_embedding(model: Any) -> None:
         notice(f"fastllm: offload_embedding=True is left out: {reason}")
         return
     freed = embedding.weight.numel() * embedding.weight.element_size()
+    device = embedding.weight.device
     embedding.to("cpu")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # else the process would go on holding it
     embedding.__class__ = type(type(embedding).__name__, (_InHostMemory, type(embedding)), {"__module__": __name__})
     notice(f"fastllm: the embedding is in host memory, which frees {freed / 2**30:.2f} GiB of the GPU's")
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
 from .._compat import has_foreign_hooks
 from ..kernels.layer_definition import DecoderLayer, Norm
 from ..kernels.lora import ProjectionGroup
-from .lora_view import CACHE, group_of
+from .lora_view import CACHE, group_of, watch_hooks
+from .watch import Watch, same
+
+TwoGroups: TypeAlias = tuple[ProjectionGroup, ProjectionGroup]
+
+
+class Made(NamedTuple):
+    """What was made of a layer, of which groups and tensors, and what that depends on."""
+
+    fused: Any
+    made_from: tuple
+    watch: Watch
+
 
 # config.hidden_act -> name in fastllm.kernels.activation
 ACTIVATIONS = {
@@ -22,54 +34,71 @@ ACTIVATIONS = {
 }
 
 
-def mlp_groups(mlp: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
-    """(gate and up, down), or why they can't be fused."""
+def mlp_groups(mlp: Any, watch: Watch | None = None) -> TwoGroups | str:
+    """(gate and up, down), or why they can't be fused; `watch` learns what that depends on."""
     if activation_of(mlp) is None:
         return f"its activation is {activation_name(mlp)!r}"
     names = ("gate_up_proj",) if "gate_up_proj" in mlp._modules else ("gate_proj", "up_proj")
-    gate_up = group_of(mlp, "gate_up", [mlp._modules[name] for name in names])
+    gate_up = group_of(mlp, "gate_up", [mlp._modules[name] for name in names], watch)
     if isinstance(gate_up, str):
         return f"{' or '.join(names)}: {gate_up}"
-    down = group_of(mlp, "down", (mlp.down_proj,))
+    down = group_of(mlp, "down", (mlp.down_proj,), watch)
     return f"down_proj: {down}" if isinstance(down, str) else (gate_up, down)
 
 
-def attention_groups(attention_module: Any) -> tuple[ProjectionGroup, ProjectionGroup] | str:
-    """(q, k and v; o), or why they can't be fused."""
+def attention_groups(
+    attention_module: Any, watch: Watch | None = None
+) -> tuple[ProjectionGroup, ProjectionGroup] | str:
+    """(q, k and v; o), or why they can't be fused; `watch` learns what that depends on."""
     module = attention_module
     if not getattr(module, "is_causal", True):
         return "its attention sees later tokens"
     names = ("qkv_proj",) if "qkv_proj" in module._modules else ("q_proj", "k_proj", "v_proj")
-    qkv = group_of(module, "qkv", [module._modules[name] for name in names])
+    qkv = group_of(module, "qkv", [module._modules[name] for name in names], watch)
     if isinstance(qkv, str):
         return f"{' or '.join(names)}: {qkv}"
-    output = group_of(module, "output", (module.o_proj,))
+    output = group_of(module, "output", (module.o_proj,), watch)
     return f"o_proj: {output}" if isinstance(output, str) else (qkv, output)
 
 
 def fused_layer(layer: Any) -> DecoderLayer | str:
     """The decoder layer as tensors and numbers, or why it can't run as one node."""
+    cache = layer.__dict__.setdefault(CACHE, {})
+    known = cache.get("layer")
+    if known is not None and known.watch.holds():
+        return known.fused
     if "self_attn" not in layer._modules:
         return "their attention is cross-attention"
+    watch = Watch()
     attention_module, mlp = layer.self_attn, layer.mlp
     for name, module in layer._modules.items():
         if has_foreign_hooks(module):
             return f"a forward hook is registered on {name}"
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            return f"{name} is {module.p}"
-    attention_part = attention_groups(attention_module)
+        watch_hooks(watch, module)
+        if isinstance(module, nn.Dropout):
+            if module.training and module.p > 0:
+                return f"{name} is {module.p}"
+            watch.entries(module.__dict__, "training", "p")
+    attention_part = attention_groups(attention_module, watch)
     if isinstance(attention_part, str):
         return attention_part
-    mlp_part = mlp_groups(mlp)
+    mlp_part = mlp_groups(mlp, watch)
     if isinstance(mlp_part, str):
         return mlp_part
     activation = activation_of(mlp)
     assert activation is not None
-    made_from = (*attention_part, *mlp_part, *(module.weight for module in _norms_of(layer).values()))
-    cache = layer.__dict__.setdefault(CACHE, {})
-    known = cache.get("layer")
-    if known is not None and all(a is b for a, b in zip(known[0], made_from, strict=True)):
-        return known[1]
+    norms = _norms_of(layer)
+    weights = []
+    for module in norms.values():
+        watch.tensors(module, "weight")
+        weights += [module.weight, module.weight.data_ptr(), module.weight.requires_grad]
+    watch.entries(layer._modules, *layer._modules)
+    watch.entries(attention_module.__dict__, "is_causal", "head_dim")
+    watch.entries(mlp.config.__dict__, "hidden_activation", "hidden_act")
+    made_from = (activation, *attention_part, *mlp_part, *weights)
+    if known is not None and same(known.made_from, made_from):
+        cache["layer"] = known._replace(watch=watch)
+        return known.fused
     fused = DecoderLayer(
         qkv=attention_part[0],
         output=attention_part[1],
@@ -77,9 +106,9 @@ def fused_layer(layer: Any) -> DecoderLayer | str:
         down=mlp_part[1],
         activation=activation,
         head_dim=attention_module.head_dim,
-        **{name: _norm(module) for name, module in _norms_of(layer).items()},
+        **{name: _norm(module) for name, module in norms.items()},
     )
-    cache["layer"] = (made_from, fused)
+    cache["layer"] = Made(fused, made_from, watch)
     return fused
 
 

@@ -6,20 +6,21 @@ reason, and the caller leaves that layer to its own forward.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .._compat import adapter_switches, has_foreign_hooks
+from .._compat import ADAPTER_SWITCHES, adapter_switches, has_foreign_hooks
 from ..kernels.nf4 import Nf4Weight
 from ..kernels.projections import Projection, ProjectionGroup, fp8_obstacle
 from .quantized import unpack_cpu_weight
+from .watch import Watch
 
 # Attribute of a module that remembers what was made of it and its parts, with the state that it was made from.
 CACHE = "_fastllm_groups"
-_PLAIN = (bool, int, float, str, tuple)
 # Attribute of an owning module whose frozen weights shall be multiplied in FP8.
 FP8_COMPUTE = "_fastllm_fp8_compute"
 
@@ -58,26 +59,39 @@ def projection_of(module: nn.Module) -> Projection | str:
     return Projection(plain.weight, plain.bias, a.weight, b.weight, float(lora.scaling[name]), probability)
 
 
-def group_of(owner: nn.Module, key: str, modules: Sequence[nn.Module]) -> ProjectionGroup | str:
-    """The layers `modules` as one group, or why they can't be fused; remembered on `owner` while nothing changes."""
-    state = [_state_of(module) for module in modules]
-    cache: dict[str, tuple[list[tuple], ProjectionGroup | str]] = owner.__dict__.setdefault(CACHE, {})
+def group_of(
+    owner: nn.Module, key: str, modules: Sequence[nn.Module], watch: Watch | None = None
+) -> ProjectionGroup | str:
+    """The layers `modules` as one group, or why they can't be fused; remembered on `owner` while nothing changes, and
+    `watch` learns what that depends on."""
+    cache: dict[str, _Made] = owner.__dict__.setdefault(CACHE, {})
     known = cache.get(key)
-    if known is not None and _same(known[0], state):
-        return known[1]
-    projections = []
-    result: ProjectionGroup | str | None = None
+    if known is None or not (all(map(operator.is_, known.modules, modules)) and known.watch.holds()):
+        known = cache[key] = _made_of(owner, modules)
+    if watch is not None:
+        watch.include(known.watch)
+    return known.group
+
+
+class _Made(NamedTuple):
+    """What was made of a few layers, or why nothing could be, and what that depends on."""
+
+    group: ProjectionGroup | str
+    modules: tuple[nn.Module, ...]
+    watch: Watch
+
+
+def _made_of(owner: nn.Module, modules: Sequence[nn.Module]) -> _Made:
+    watch, projections = Watch(), []
+    watch.entries(owner._modules, *(name for name, module in owner._modules.items() if module in modules))
     for module in modules:
-        projection = projection_of(module)
-        if isinstance(projection, str):
-            result = projection
-            break
-        projections.append(projection)
+        projections.append(projection_of(module))
+        _watch_projection(watch, module)
+    result = next((projection for projection in projections if isinstance(projection, str)), None)
     if result is None:
         is_fp8 = owner.__dict__.get(FP8_COMPUTE, False) and fp8_obstacle(projections) is None
         result = ProjectionGroup(projections, is_fp8=is_fp8)
-    cache[key] = (state, result)
-    return result
+    return _Made(result, tuple(modules), watch)
 
 
 def forget_groups(model: nn.Module) -> None:
@@ -120,48 +134,50 @@ def nf4_weight(packed: torch.Tensor, state: Any, compute_dtype: torch.dtype | No
     )
 
 
-def _state_of(module: nn.Module) -> tuple:
-    """What a projection was made from: compared by identity to see whether it still holds.
-
-    Every layer of every forward asks for it, so it reads the dictionaries that modules keep their parts in.
-    """
+def _watch_projection(watch: Watch, module: nn.Module) -> None:
+    """Everything that `projection_of` reads, but what stays for the lifetime of a module."""
     modules = module._modules
+    watch.entries(modules, "base_layer")
     base = modules.get("base_layer") or module
-    weight = base._parameters.get("weight")
-    quantization = getattr(weight, "quant_state", None)
-    state = (
-        weight,
-        None if weight is None else weight.data_ptr(),
-        quantization,
-        getattr(quantization, "absmax", None),  # QuantState.to exchanges its tensors in place
-        base._parameters.get("bias"),
-        bool(
-            module._forward_hooks or base._forward_hooks or "forward" in module.__dict__ or "forward" in base.__dict__
-        ),
-        module.training,
-        weight is not None and weight.requires_grad,
-    )
+    watch_hooks(watch, module)
+    weight: Any = base._parameters.get("weight")
+    watch.tensors(base, "weight", "bias")
+    if weight is not None:
+        watch.entries(weight.__dict__, "quant_state")
+        quantization = getattr(weight, "quant_state", None)
+        if quantization is not None:
+            watch.entries(quantization.__dict__, "absmax")  # QuantState.to exchanges its tensors in place
     if base is module:
-        return state
-    active, switches = adapter_switches(module)
-    parts: list = [active, switches]
+        return
+    watch_hooks(watch, base)
+    watch_adapter_switches(watch, module)
     adapters_a, adapters_b, dropouts = (modules.get(name) for name in ("lora_A", "lora_B", "lora_dropout"))
-    if adapters_a is not None and adapters_b is not None and dropouts is not None:
-        scaling: Any = module.__dict__["scaling"]
-        for name in active:
-            if name in adapters_a._modules:
-                a, b = adapters_a._modules[name], adapters_b._modules[name]
-                assert a is not None and b is not None
-                parts += (a._parameters["weight"], b._parameters["weight"], scaling[name], dropouts._modules[name])
-    return (*state, *parts)
+    if adapters_a is None or adapters_b is None or dropouts is None:
+        return
+    active, _ = adapter_switches(module)
+    watch.entries(module.__dict__, "scaling")
+    for name in active:
+        if name in adapters_a._modules:
+            for parts in (adapters_a, adapters_b, dropouts):
+                watch.entries(parts._modules, name)
+            for part in (adapters_a._modules[name], adapters_b._modules[name]):
+                watch.tensors(part, "weight")
+            watch.entries(module.__dict__["scaling"], name)
+            if isinstance(dropouts._modules[name], nn.Dropout):
+                watch.entries(module.__dict__, "training")
 
 
-def _same(left: list[tuple], right: list[tuple]) -> bool:
-    """Equality of states: tensors and objects by identity, plain values by value."""
-    for a, b in zip(left, right, strict=True):
-        if len(a) != len(b):
-            return False
-        for x, y in zip(a, b, strict=True):
-            if x is not y and not (isinstance(x, _PLAIN) and x == y):
-                return False
-    return True
+def watch_adapter_switches(watch: Watch, module: Any) -> None:
+    """What `adapter_switches` reads."""
+    attributes = module.__dict__
+    if all(name in attributes for name in ADAPTER_SWITCHES):
+        watch.entries(attributes, *ADAPTER_SWITCHES)
+        watch.contents(*(attributes[name] for name in ADAPTER_SWITCHES if isinstance(attributes[name], list)))
+    else:
+        watch.answer(adapter_switches, module)
+
+
+def watch_hooks(watch: Watch, module: nn.Module) -> None:
+    """What `has_foreign_hooks` reads."""
+    watch.entries(module.__dict__, "forward")
+    watch.contents(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)

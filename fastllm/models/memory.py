@@ -101,6 +101,12 @@ class ActivationPlanner:
         """Where layer `index` keeps its dequantised weights; None if it does not."""
         return self._weights.of_layer(index, x.device)
 
+    @property
+    def frees_weights(self) -> bool:
+        """Whether layers of this forward dequantise their weights once more in the backward, one group at a time: the
+        largest of a layer need as much memory as all else in it. Small batches, which wait for the host, do not."""
+        return self.setting == "offload" and Keep.OFFLOADED_INPUT in self._plan
+
     def release_weights(self, reason: str) -> None:
         """Free every kept weight and recording; training that goes on makes them again."""
         self.recordings.release()
@@ -159,9 +165,11 @@ class ActivationPlanner:
             self._plans[bucket, beside] = self._make_plan(layer, bucket, x.device, x.dtype)
         self._plan = self._plans[bucket, beside]
         kept = self._plan.count(Keep.ALL)
+        # The last layer alone would hold a workspace beside that of the others.
         self.recordings.begin(
-            "decoder", x, layer, lambda: _recorded_bytes(LayerBytes.of(layer, x.dtype), tokens, self.num_layers, kept)
-        )
+            "decoder", x, layer, lambda: _recorded_bytes(LayerBytes.of(layer, x.dtype), tokens, self.num_layers, kept),
+            is_wanted=Keep.OFFLOADED_INPUT not in self._plan,
+        )  # fmt: skip
 
     def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:
         """The plan of batches of up to `tokens`. Also settles how many layers keep their weights beside it."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from .._compat import collects_outputs
 from .._device import free_bytes, product_rate
 from .._notices import notice
 from ..kernels.recorded_inputs import SharedInputs, call_signature, is_recordable, rounded
-from ..kernels.recorded_pass import CudaRecorder, NotRecordable, Pass, RecordedPass, Recorder
+from ..kernels.recorded_pass import CudaRecorder, NotRecordable, RecordedPass, Recorder
+from .chains import Chain, Known, Recordable
 
 # Rows of a layer's input from which on the GPU is busy for longer than the host takes to launch its kernels.
 MOST_ROWS = 4096
@@ -26,7 +26,6 @@ _MOST_SHAPES = 16
 _ROWS_MULTIPLE = 128
 # What the host takes to launch the kernels of a layer, forward and backward, one by one.
 _LAUNCH_SECONDS = 2e-3
-_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 class Recordings:
@@ -59,19 +58,26 @@ class Recordings:
         return self.is_on and weights is not None and 4 * rows * weights < _LAUNCH_SECONDS * product_rate(device)
 
     def begin(
-        self, part: str, x: torch.Tensor, layer: Any, nbytes: Callable[[], int], *, round_rows: bool = False
+        self,
+        part: str,
+        x: torch.Tensor,
+        layer: Any,
+        nbytes: Callable[[], int],
+        *,
+        round_rows: bool = False,
+        is_wanted: bool = True,
     ) -> None:
         """Start a forward of a part with its first layer and the input `x` of that. `nbytes` says what all layers hold.
 
         With `round_rows` one recording serves batches of up to a multiple of so many rows, where they cost nothing:
-        those whose calls have documents in a single row.
+        those whose calls have documents in a single row. Where recordings are not `is_wanted` the part runs without.
         """
         can_record = self._record is not None or (x.is_cuda and torch.version.hip is None)
         if not can_record:
             return
         self._weights[part] = sum(group.out_features * group.in_features for group in layer.groups())
         self._current[part] = None
-        if not (self.is_on and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
+        if not (is_wanted and self.is_on and torch.is_grad_enabled() and x.numel() <= MOST_ROWS * x.shape[-1]):
             return
         rows = -(-x.shape[-2] // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
         if not (round_rows and self.waits_for_host(part, rows, x.device)):
@@ -98,7 +104,7 @@ class Recordings:
             shape.is_left_alone = True
             return
         shape.replays += bool(shape.passes)
-        self._current[part], shape.last_index = shape, -1
+        self._current[part], shape.last_index, shape.chain = shape, -1, None
 
     def find(
         self,
@@ -107,7 +113,7 @@ class Recordings:
         x: torch.Tensor,
         call: Any,
         layer: Any,
-        make_pass: Callable[[], Pass],
+        how: Recordable,
         *,
         conditions: tuple,
     ) -> Callable[[], torch.Tensor] | None:
@@ -118,24 +124,32 @@ class Recordings:
         shape = self._current.get(part)
         if shape is None:
             return None
+        chain = shape.chain if shape.chain is not None and index in shape.chain else None
         starts_over, shape.last_index = index <= shape.last_index, index
         fixed = call if is_recordable(call) and not starts_over and x.device == shape.device else None
         if fixed is not None and shape.rows is not None:
-            fixed = rounded(fixed, shape.rows)
+            fixed = shape.rounded(fixed)
+        known = shape.passes.get(index)
+        signature = None
+        if fixed is not None:
+            signature = (*conditions, x.requires_grad, shape.shared.shape(x), call_signature(fixed, shape.shared))
+        if chain is not None and known is not None:
+            if index == chain.last:
+                shape.chain = None
+            if signature == known.signature and known.recorded.has_read(fixed):
+                return chain.passed(index, x, call)
+            self._drop(shape, part)
+            return chain.run_without(index, x, call, layer)
         if fixed is None:  # the rest of this forward runs without, too: it must not disturb what those before it keep
             self._current[part] = None
             return None
-        known = shape.passes.get(index)
-        parameters = [p for p in layer.parameters() if p is not None] if known is None else known.parameters
-        needs = [x.requires_grad, *map(_REQUIRES_GRAD, parameters)]
-        pointers = list(map(torch.Tensor.data_ptr, parameters))
-        signature = (*conditions, shape.shared.shape(x), call_signature(fixed, shape.shared), needs, pointers)
         if known is not None and (known.layer is not layer or known.signature != signature):
             # Something was exchanged or switched: the shape is recorded anew when it has come often enough again.
             self._drop(shape, part)
             return None
         if known is None:
-            if not any(needs):
+            parameters = layer.parameters()
+            if not (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
                 return None
             if not shape.takes(index):
                 self._drop(shape, part)
@@ -143,12 +157,22 @@ class Recordings:
             if shape.record is None:
                 shape.record = self._record(x.device) if self._record is not None else CudaRecorder(x.device)
             try:
-                recorded = RecordedPass(make_pass(), x, fixed, layer.parameters(), shape.shared, shape.record)
+                recorded = RecordedPass(how.make_pass(layer), x, fixed, parameters, shape.shared, shape.record)
             except (NotRecordable, RuntimeError) as failure:
                 self._give_up(shape, part, str(failure))
                 return None
-            known = shape.passes[index] = _Known(recorded, layer, parameters, signature)
-        return lambda: known.recorded(x, fixed)
+            known = shape.passes[index] = Known(recorded, layer, signature, how)
+            return lambda: recorded(x, fixed)
+        chain = Chain(index, shape.links(index), x, call)
+        shape.chain = chain if chain.last > index else None
+        return lambda: chain.run(fixed)
+
+    def layer_in_chain(self, part: str, index: int) -> Any | None:
+        """The layer `index` if it ran with one before it, in this forward."""
+        shape = self._current.get(part)
+        if shape is None or shape.chain is None or index not in shape.chain:
+            return None
+        return shape.passes[index].layer
 
     def release(self) -> None:
         """Drop every recording; shapes that come often enough again are recorded anew."""
@@ -172,17 +196,6 @@ class Recordings:
         return self.count < _MOST_SHAPES and nbytes <= min(free // 2, free - self.beside)
 
 
-class _Known:
-    """One recording and what it holds for."""
-
-    __slots__ = ("layer", "parameters", "recorded", "signature")
-
-    def __init__(
-        self, recorded: RecordedPass, layer: Any, parameters: Sequence[torch.Tensor], signature: tuple
-    ) -> None:
-        self.recorded, self.layer, self.parameters, self.signature = recorded, layer, parameters, signature
-
-
 class _Shape:
     """What is known of one shape of a part's input; with `rows`, of all shapes that are rounded up to so many."""
 
@@ -202,6 +215,20 @@ class _Shape:
         """Whether layer `index` can still be recorded: what it keeps must not lie where a later pass writes."""
         return all(index > known and not other.recorded.has_backward for known, other in self.passes.items())
 
+    def rounded(self, call: Any) -> Any | None:
+        """The call for as many rows as are recorded, made once for layers that share it; None where it has too many."""
+        assert self.rows is not None
+        if self._rounded is None or self._rounded[0] is not call:
+            self._rounded = call, rounded(call, self.rows)
+        return self._rounded[1]
+
+    def links(self, first: int) -> list[Known]:
+        """Layer `first`, and those after it that can run with it."""
+        links = [self.passes[first]]
+        while (known := self.passes.get(first + len(links))) is not None and known.runs_after(links[-1]):
+            links.append(known)
+        return links
+
     def forget(self) -> None:
         """Begin anew; where a recording was hardly used, after twice as many forwards: others may go the same way."""
         if self.passes and self.replays < _WORTH_RECORDING:
@@ -210,7 +237,9 @@ class _Shape:
         self.clear()
 
     def clear(self) -> None:
-        self.passes: dict[int, _Known] = {}
+        self.passes: dict[int, Known] = {}
         self.shared = SharedInputs(self.rows)
+        self.chain: Chain | None = None
+        self._rounded: tuple[Any, Any | None] | None = None
         self.record: Recorder | None = None
         self.replays = 0

@@ -24,17 +24,21 @@ from ..kernels.layer_definition import Norm
 from ..kernels.lora import ProjectionGroup, draws_masks
 from ..kernels.vision_block import BlockCall, BlockPass, LayerNorm, VisionBlock, vision_block
 from .blocks import Forward, checkpointing_requested
-from .fused_parts import ACTIVATIONS
-from .lora_view import CACHE, group_of
+from .chains import Recordable
+from .fused_parts import ACTIVATIONS, Made
+from .lora_view import CACHE, group_of, watch_hooks
 from .memory import ActivationPlanner, block_bytes
 from .model_methods import PLANNER
 from .packed_rows import attention_mask
+from .watch import Watch, same
 
 # Attributes of each block: the tower that it belongs to, and its place there.
 TOWER = "_fastllm_tower"
 BLOCK_INDEX = "_fastllm_block_index"
 # Attention implementations whose result the fused blocks give.
 SERVED_ATTENTION = ("sdpa", "eager")
+# Boundaries that are remembered: full attention and windows of the latest batches.
+_MOST_SEGMENTS = 16
 # (output of the first half of an MLP, the second half), by their names in transformers.
 _MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"))
 
@@ -51,17 +55,19 @@ class BlockNames:
     output: str = "out_proj"
 
 
-def vision_classes(module: Any, block: str, names: BlockNames) -> dict[type, type]:
+def vision_classes(module: Any, block: str, names: BlockNames, *, hands_on: bool = False) -> dict[type, type]:
     """The fast subclass of the class `block` of a transformers modeling module, e.g. `SiglipEncoderLayer`.
 
     Its instances are called with `position_embeddings` where the tower has rotary angles, and learn what each patch
     sees from `cu_seqlens` (images, frames or windows that lie end to end), from a dense `attention_mask`, or from
-    neither: then a patch sees its whole row.
+    neither: then a patch sees its whole row. `hands_on`: what a block gives goes to the next one as it is, and nowhere
+    else, as long as transformers does not collect it.
     """
     original = getattr(module, block)
     attributes = {
         "__module__": __name__,
         "block_names": names,
+        "hands_on": hands_on,
         "forward": block_forward(original.forward),
         "gradient_checkpointing": property(lambda self: False, checkpointing_requested),
     }
@@ -80,10 +86,11 @@ def block_forward(otherwise: Forward) -> Forward:
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden_states = take_hidden_states(given)
         lacks_angles = "position_embeddings" in names and given.get("position_embeddings") is None
+        tower: Tower = getattr(self, TOWER)
         block: VisionBlock | str = "its attention weights are wanted, or it lacks rotary angles"
         if not (attentions_are_collected() or lacks_angles):
-            block = fused_block(self)
-        tower: Tower = getattr(self, TOWER)
+            ran = tower.planner.recordings.layer_in_chain("tower", getattr(self, BLOCK_INDEX))
+            block = fused_block(self) if ran is None else ran
         if isinstance(block, str):
             if "cu_seqlens" not in names:
                 given = _with_dense_mask(self, hidden_states, given)
@@ -100,36 +107,48 @@ def block_forward(otherwise: Forward) -> Forward:
 
 def fused_block(block: Any) -> VisionBlock | str:
     """The vision block as tensors and numbers, or why it can't run as one node."""
-    names: BlockNames = block.block_names
+    cache = block.__dict__.setdefault(CACHE, {})
+    known = cache.get("block")
+    if known is not None and known.watch.holds():
+        return known.fused
+    watch, names = Watch(), block.block_names
     attention_module = getattr(block, names.attention)
-    implementation = attention_module.config._attn_implementation
+    config = attention_module.config
+    implementation = _implementation(config)
     if implementation not in SERVED_ATTENTION:
         return f"its attention implementation is {implementation!r}"
-    activation = ACTIVATIONS.get(attention_module.config.hidden_act)
+    activation = ACTIVATIONS.get(config.hidden_act)
     if activation is None:
-        return f"its activation is {attention_module.config.hidden_act!r}"
+        return f"its activation is {config.hidden_act!r}"
     if block._parameters:
         return f"it computes with {' and '.join(block._parameters)} besides"
     for name, module in block._modules.items():
         if has_foreign_hooks(module):
             return f"a forward hook is registered on {name}"
+        watch_hooks(watch, module)
     norms = [_norm_of(getattr(block, name)) for name in (names.norm1, names.norm2)]
     for name, norm in zip((names.norm1, names.norm2), norms, strict=True):
         if isinstance(norm, str):
             return f"{name}: {norm}"
-    groups = _groups_of(block)
+        watch.tensors(block._modules[name], "weight", "bias")
+    groups = _groups_of(block, watch)
     if isinstance(groups, str):
         return groups
     qkv, output, up, down = groups
     norm1, norm2 = norms
     assert not isinstance(norm1, str) and not isinstance(norm2, str)
-    cache = block.__dict__.setdefault(CACHE, {})
-    made_from = (*groups, *(tensor for norm in (norm1, norm2) for tensor in (norm.weight, getattr(norm, "bias", None))))
-    known = cache.get("block")
-    if known is not None and all(a is b for a, b in zip(known[0], made_from, strict=True)):
-        return known[1]
+    watch.entries(block._modules, *block._modules)
+    watch.entries(attention_module.__dict__, "head_dim")
+    watch.entries(config.__dict__, "hidden_act")
+    watch.answer(_implementation, config)
+    tensors = [tensor for norm in (norm1, norm2) for tensor in (norm.weight, getattr(norm, "bias", None))]
+    places = [(t.data_ptr(), t.requires_grad) for t in tensors if t is not None]
+    made_from = (activation, *groups, *tensors, *places)
+    if known is not None and same(known.made_from, made_from):
+        cache["block"] = known._replace(watch=watch)
+        return known.fused
     fused = VisionBlock(norm1, qkv, output, norm2, up, down, activation, attention_module.head_dim)
-    cache["block"] = (made_from, fused)
+    cache["block"] = Made(fused, made_from, watch)
     return fused
 
 
@@ -139,8 +158,10 @@ class Tower:
     def __init__(self, num_blocks: int, planner: ActivationPlanner) -> None:
         self.num_blocks = num_blocks
         self.planner = planner
-        self._segments: collections.deque[Segments] = collections.deque(maxlen=2)  # full attention and windows
+        self._segments: collections.deque[Segments] = collections.deque(maxlen=_MOST_SEGMENTS)
         self._single_image: Documents | None = None
+        self._calls: collections.deque[tuple[Any, Any, tuple, BlockCall]] = collections.deque(maxlen=2)
+        self._in_one_row: tuple[BlockCall, BlockCall] | None = None
 
     def segments(self, cu_seqlens: torch.Tensor | None, attention_module: Any, device: torch.device) -> Segments:
         """The segments that one call of the tower gives to each of its blocks; None: whole rows."""
@@ -158,7 +179,7 @@ class Tower:
         return self.planner.recomputes_tower(x.shape[:-1].numel(), kept, inputs, x.device)
 
     def recorded(
-        self, module: nn.Module, x: torch.Tensor, block: VisionBlock, call: BlockCall
+        self, module: Any, x: torch.Tensor, block: VisionBlock, call: BlockCall
     ) -> Callable[[], torch.Tensor] | None:
         """What runs the block of `module` as a recording, if anything does."""
         recordings, index = self.planner.recordings, getattr(module, BLOCK_INDEX)
@@ -169,12 +190,27 @@ class Tower:
         if draws_masks(block) or has_foreign_hooks(module):
             return None
         if rounds:
-            documents = call.attention.documents or self.single_image(x)
-            call = replace(call, attention=replace(call.attention, documents=documents))
+            call = self._call_in_one_row(call, x)
         dtype = compute_dtype(x, block.qkv.dtype)
-        return recordings.find(
-            "tower", index, x, call, block, lambda: BlockPass(block, dtype), conditions=(dtype, call.recompute)
-        )
+        how = Recordable(module, fused_block, lambda block: BlockPass(block, dtype), vision_block, module.hands_on)
+        return recordings.find("tower", index, x, call, block, how, conditions=(dtype, call.recompute))
+
+    def call(
+        self, angles: Any, cu_seqlens: torch.Tensor | None, given: tuple, make: Callable[[], BlockCall]
+    ) -> BlockCall:
+        """What `make` gave for the same angles and boundaries in the same setting, if a block just asked for it."""
+        for known_angles, known_cu_seqlens, known_given, call in self._calls:
+            if known_angles is angles and known_cu_seqlens is cu_seqlens and known_given == given:
+                return call
+        self._calls.append((angles, cu_seqlens, given, make()))
+        return self._calls[-1][-1]
+
+    def _call_in_one_row(self, call: BlockCall, x: torch.Tensor) -> BlockCall:
+        """The call with all rows as a document where it has no documents, made once for blocks that share it."""
+        if self._in_one_row is None or self._in_one_row[0] is not call:
+            documents = call.attention.documents or self.single_image(x)
+            self._in_one_row = call, replace(call, attention=replace(call.attention, documents=documents))
+        return self._in_one_row[1]
 
     def single_image(self, x: torch.Tensor) -> Documents:
         """All rows as one document, made once a forward."""
@@ -220,16 +256,22 @@ def _call_of(block_module: Any, block: VisionBlock, x: torch.Tensor, given: Mapp
     tower: Tower = getattr(block_module, TOWER)
     attention_module = getattr(block_module, block_module.block_names.attention)
     angles = given.get("position_embeddings")
-    cos, sin = (None, None) if angles is None else (part.unsqueeze(0) for part in angles)
-    recompute = torch.is_grad_enabled() and tower.recomputes(x, block)
     mask = given.get("attention_mask")
-    if mask is None:
-        segments = tower.segments(given.get("cu_seqlens"), attention_module, x.device)
-        return BlockCall(segments.case, cos, sin, recompute, segments.choose_backend)
-    if mask.is_floating_point():
-        mask = mask.to(compute_dtype(x, block.qkv.dtype))
+    cu_seqlens = given.get("cu_seqlens")
+    recompute = torch.is_grad_enabled() and tower.recomputes(x, block)
     scaling, dropout = _scaling_and_dropout(attention_module)
-    return BlockCall(AttentionCase(scaling, mask, dropout, causal=False), cos, sin, recompute)
+
+    def make() -> BlockCall:
+        cos, sin = (None, None) if angles is None else (part.unsqueeze(0) for part in angles)
+        if mask is None:
+            segments = tower.segments(cu_seqlens, attention_module, x.device)
+            return BlockCall(segments.case, cos, sin, recompute, segments.choose_backend)
+        seen = mask.to(compute_dtype(x, block.qkv.dtype)) if mask.is_floating_point() else mask
+        return BlockCall(AttentionCase(scaling, seen, dropout, causal=False), cos, sin, recompute)
+
+    if mask is not None:
+        return make()
+    return tower.call(angles, cu_seqlens, (scaling, dropout, recompute, x.device, x.shape[:-1]), make)
 
 
 def _with_dense_mask(block_module: Any, x: torch.Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,8 +304,12 @@ def _norm_of(module: Any) -> LayerNorm | Norm | str:
     return f"it is a {kind.__name__}, not a LayerNorm with weight and bias or an RMSNorm"
 
 
-def _groups_of(block: Any) -> tuple[ProjectionGroup, ...] | str:
-    """(qkv; output; up, or gate and up; down), or why they can't be fused."""
+def _implementation(config: Any) -> str:
+    return config._attn_implementation
+
+
+def _groups_of(block: Any, watch: Watch) -> tuple[ProjectionGroup, ...] | str:
+    """(qkv; output; up, or gate and up; down), or why they can't be fused; `watch` learns what that depends on."""
     names: BlockNames = block.block_names
     attention_module, mlp = getattr(block, names.attention), getattr(block, names.mlp)
     ups, down = next((parts for parts in _MLPS if hasattr(mlp, parts[1])), ((), ""))
@@ -274,7 +320,8 @@ def _groups_of(block: Any) -> tuple[ProjectionGroup, ...] | str:
     )  # fmt: skip
     groups = []
     for owner, parts in wanted:
-        group = group_of(owner, " ".join(parts), [getattr(owner, part) for part in parts])
+        modules = [getattr(owner, part) for part in parts]
+        group = group_of(owner, " ".join(parts), modules, watch)
         if isinstance(group, str):
             return f"{' or '.join(parts)}: {group}"
         groups.append(group)

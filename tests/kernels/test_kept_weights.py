@@ -201,6 +201,25 @@ def test_a_layer_gives_the_same_bits(fp32, keep):
     assert kept.nbytes == sum(group.kept_bytes(fp32.dtype) for group in layer.groups())
 
 
+def test_weights_that_are_freed_in_between_give_the_same_bits(fp32, monkeypatch):
+    """One group of a layer is there at a time, for one dequantisation more of three of the four."""
+    spec, prepared, real = Spec(keep=Keep.INPUT), [], lora.prepare
+    tensors = parameters_of(fp32, spec)
+    layer, found, counts = layer_of(spec, tensors), [], []
+    monkeypatch.setattr(
+        lora, "prepare", lambda group, *rest, **kept: prepared.append(group) or real(group, *rest, **kept)
+    )
+    for frees in (False, True):
+        x = torch.ones(spec.batch, spec.length, spec.width, device=fp32.device, requires_grad=True)
+        prepared.clear()
+        with fp32.active():
+            y = decoder_layer(x, layer, call_of(fp32, spec, frees_weights=frees))
+            y.sum().backward()
+        found.append((y.detach(), x.grad))
+        counts.append(len(prepared))
+    assert all(map(torch.equal, *found)) and counts == [4 + 4, 4 + 3 + 4]
+
+
 def test_closed_between_forward_and_backward(fp32):
     """A backward that is still to come has the same result and keeps nothing."""
     spec, kept = Spec(), KeptWeights()

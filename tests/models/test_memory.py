@@ -134,6 +134,16 @@ def test_the_plan_is_told_once_and_again_for_longer_batches(layer, messages):
     assert len(planner._plans) == 2 and "2,048" in planner.describe()
 
 
+@pytest.mark.parametrize(
+    ("setting", "tokens", "frees"), [("offload", 4096, True), ("offload", 8, False), (True, 4096, False)]
+)
+def test_weights_are_freed_where_inputs_are_offloaded(layer, setting, tokens, frees):
+    """Larger batches under the setting of the least memory dequantise once more what they recompute with."""
+    planner = ActivationPlanner(200, setting)
+    planner._plan = planner._make_plan(layer, tokens, torch.device("cuda"), torch.bfloat16)
+    assert planner.frees_weights == frees
+
+
 @pytest.mark.gpu
 def test_offloaded_inputs_come_back_equal():
     offload = HostOffload()

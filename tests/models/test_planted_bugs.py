@@ -36,7 +36,7 @@ BLOCKS = {
         checks("llama", left_padded),
     ),
     "left_padding_taken_for_right": Bug(
-        "return bool(ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any())", "return True",
+        "return ordered & ~(~visible & (aligned_labels != IGNORE_INDEX)).any()", "return ordered | True",
         checks("llama", left_padded),
     ),
     "documents_not_kept_apart": Bug(
@@ -72,14 +72,16 @@ LORA_VIEW = {
         checks("llama", lora_dropout=0.2),
     ),
     "exchanged_statistics_ignored": Bug(
-        'getattr(quantization, "absmax", None),', "None,", check_exchanged_state
-    ),
-    "trained_weight_in_fp8": Bug(
-        "weight is not None and weight.requires_grad,", "None,", check_trained_weight
+        'watch.entries(quantization.__dict__, "absmax")', "pass", check_exchanged_state
     ),
     "bias_ignored": Bug("return Projection(weight, bias)", "return Projection(weight)", checks("qwen2")),
 }  # fmt: skip
-BUGS = {"blocks": BLOCKS, "fused_parts": FUSED_PARTS, "lora_view": LORA_VIEW}
+WATCH = {
+    "trained_weight_in_fp8": Bug(
+        "if list(map(_REQUIRES_GRAD, self._tensors)) != self._trained:", "if False:", check_trained_weight
+    ),
+}
+BUGS = {"blocks": BLOCKS, "fused_parts": FUSED_PARTS, "lora_view": LORA_VIEW, "watch": WATCH}
 
 
 @pytest.mark.parametrize(("module", "bug"), [

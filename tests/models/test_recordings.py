@@ -8,11 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from fastllm.kernels.layer_definition import Keep
 from fastllm.kernels.recorded_pass import CudaRecorder
-from fastllm.models import recordings
+from fastllm.models import chains, recordings
+from fastllm.models.arch import arch_of
+from fastllm.models.chains import Chain, Known
 from fastllm.models.fused_parts import fused_layer
 from fastllm.models.memory import ActivationPlanner, LayerBytes
 from fastllm.models.model_methods import PLANNER
+from fastllm.models.patch import decoder_layers
 from fastllm.models.recordings import Recordings
 
 from ..kernels.repetition import repeat
@@ -104,6 +108,58 @@ def test_training_is_the_same(make, device, family, setting):
     with_recordings, without = make(config, setting=setting)
     assert_trained_alike(train(with_recordings, device, config=config), train(without, device, config=config))
     assert recorded(with_recordings) == (1, 4) and recorded(without) == (0, 0)
+
+
+def replays(model, inputs, monkeypatch):
+    """How many layers each call of a forward runs."""
+    found, real = [], chains.replay
+
+    def counting(passes, x, call):
+        found.append(len(passes))
+        return real(passes, x, call)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chains, "replay", counting)
+        model(**inputs).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", [4]), ("qwen3", [4]), ("gemma3_text", [1, 1, 1, 1])])
+def test_layers_that_are_given_the_same_run_in_one_call(make, device, monkeypatch, family, expected):
+    """Those of Gemma 3 have rotary angles of two kinds by turns."""
+    config = FAMILIES[family]
+    model, _ = make(config)
+    train(model, device, config=config)
+    inputs = batch(config, device=device)
+    assert replays(model, inputs, monkeypatch) == expected
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    found = replays(model, inputs, monkeypatch)
+    handle.remove()
+    assert found == [1] * 4, "a hook for all modules sees the output of each"
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_what_a_layer_gives_is_what_the_next_one_gets(family, device):
+    """So that one call may run both: nothing stands between them."""
+    model = fast_copy(build(FAMILIES[family], device=device)).train()
+    layers = decoder_layers(model, arch_of(model.config))
+    given, got = [], []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: got.append(args[0]))
+        layer.register_forward_hook(lambda _, args, output: given.append(output))
+    model(**batch(FAMILIES[family], device=device))
+    assert all(layer.hands_on for layer in layers) and len(got) == len(layers)
+    assert all(output is x for output, x in zip(given, got[1:], strict=False))
+
+
+def test_hidden_states_that_change_between_layers_are_an_error():
+    known = Known(SimpleNamespace(), None, (), None)
+    x = torch.ones(2)
+    chain = Chain(0, [known, known, known], x, call=None)
+    assert [index in chain for index in range(4)] == [False, True, True, False]
+    with pytest.raises(RuntimeError, match="changed between two layers"):
+        chain.passed(1, x + 1, call=None)
 
 
 def test_the_report_tells_how_many_shapes_are_recorded(make, device):
@@ -273,7 +329,7 @@ def test_layers_are_recorded_in_order_and_before_any_backward(index, has_backwar
     shape = recordings._Shape(torch.device("cpu"), None)
     for known in (1, 3):
         recorded = SimpleNamespace(has_backward=has_backward)
-        shape.passes[known] = recordings._Known(recorded, None, [], ())
+        shape.passes[known] = Known(recorded, None, (), None)
     assert shape.takes(index) == fits
 
 
@@ -319,6 +375,19 @@ def test_what_can_not_be_recorded_runs_without(make, device, messages, number):
     planner_of(with_recordings).recordings._record = failing
     assert_trained_alike(*(train(model, device) for model in (with_recordings, without)))
     assert recorded(with_recordings) == (0, 0) and messages().count("out of luck") == 1
+
+
+def test_layers_are_recorded_all_or_not_at_all(make, device, monkeypatch):
+    """Of a batch whose inputs are in host memory the last layer would be recorded alone, with memory of its own."""
+    model, without = make(setting="offload")
+    for each in (model, without):
+        planner = planner_of(each)
+        plan = [Keep.OFFLOADED_INPUT] * 3 + [Keep.INPUT]
+        monkeypatch.setattr(planner, "_make_plan", lambda *_, plan=plan: plan)
+        monkeypatch.setattr(planner, "offload", lambda x: lambda: x)
+        assert not planner.frees_weights
+    assert_trained_alike(train(model, device), train(without, device))
+    assert recorded(model) == (0, 0) and planner_of(model).frees_weights
 
 
 def test_dropout_is_never_recorded(make, device):

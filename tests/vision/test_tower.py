@@ -74,7 +74,7 @@ BUGS = {
     "images_see_each_other": Bug("Documents.from_cu_seqlens(cu_seqlens).on(device)", "None", "qwen2_vl"),
     "windows_taken_for_images": Bug("if known.cu_seqlens is cu_seqlens and", "if", "qwen2_5_vl"),
     "norms_exchanged": Bug("norm1, norm2 = norms", "norm2, norm1 = norms", "qwen2_vl"),
-    "gate_and_up_exchanged": Bug("for part in parts])", "for part in parts[::-1]])", "qwen2_5_vl"),
+    "gate_and_up_exchanged": Bug("for part in parts]", "for part in parts[::-1]]", "qwen2_5_vl"),
     "causal": Bug("documents=documents, causal=False", "documents=documents", "qwen2_vl"),
 }  # fmt: skip
 

@@ -98,7 +98,7 @@ BUGS = {
     "causal": Bug("documents=documents, causal=False", "documents=documents", "siglip"),
     "no_angles": Bug('angles = given.get("position_embeddings")', "angles = None", "pixtral"),
     "heads_not_scaled": Bug("return scaling, rate", "return 1.0, rate", "clip"),
-    "keys_taken_for_queries": Bug("for part in parts])", "for part in parts[::-1]])", "siglip"),
+    "keys_taken_for_queries": Bug("for part in parts]", "for part in parts[::-1]]", "siglip"),
 }  # fmt: skip
 
 

@@ -8,4 +8,6 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from ..vision_language import qwen_vl_arch
 
-ARCH = qwen_vl_arch("qwen3_vl", modeling_qwen3_vl, "Qwen3VL", text_prefix="Qwen3VLText")
+ARCH = qwen_vl_arch(
+    "qwen3_vl", modeling_qwen3_vl, "Qwen3VL", text_prefix="Qwen3VLText", hands_on=False, lays_out_images=False
+)
