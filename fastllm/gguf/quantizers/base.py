@@ -11,7 +11,7 @@ from ..container import GGUFError
 from ..tensor_types import TensorType
 
 # Weights worked on at once: enough to hide what a call costs, few enough for the cache or the memory.
-_CPU_CHUNK, _ACCELERATOR_CHUNK = 2**18, 2**23
+_CPU_CHUNK, _ACCELERATOR_CHUNK = 2**18, 2**24
 LARGEST_F16 = 65504.0
 
 
