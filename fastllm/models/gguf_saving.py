@@ -48,6 +48,7 @@ from .patch import unwrapped
 
 _DEFAULT = "fast_quantized"
 _DYNAMIC_DEFAULT = "dynamic_q4_k_m"
+_AHEAD = 4  # so many tensors before one is needed, the disk begins to read it
 _SAVE_METHODS = (None, "merged_16bit", "lora")
 _LORA_TYPES = {"fast_quantized": "f16", "not_quantized": "f16", "auto": "f16"} | {
     name: name for name in ("f32", "f16", "bf16", "q8_0")
@@ -219,8 +220,11 @@ class _Source:
 
 def merged_tensors(plan: MergePlan, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, values) of each tensor of the merged model, adapted ones in fp32 and on `device`, one in memory at a
-    time."""
-    for weight in plan.weights.values():
+    time. The disk reads the next ones meanwhile."""
+    weights = list(plan.weights.values())
+    for i, weight in enumerate(weights):
+        for upcoming in weights[i + _AHEAD : i + _AHEAD + 1]:
+            upcoming.prefetch()
         if weight.edits:
             yield weight.name, torch.cat([finite_block(weight, block) for _, block in weight.merged(device=device)])
         else:
