@@ -20,7 +20,7 @@ from fastllm.gguf.dynamic import candidates, dynamic_base, dynamic_recipe
 from fastllm.gguf.importance import SecondMoments, load_imatrix
 from fastllm.gguf.quantizers import quantizer_of
 from fastllm.gguf.sensitivity import expected_divergences
-from fastllm.gguf.tensor_types import Q4_K, Q6_K, tensor_type
+from fastllm.gguf.tensor_types import Q3_K, Q4_K, Q6_K, tensor_type
 
 from . import models
 
@@ -103,6 +103,19 @@ def test_the_expected_divergence_is_the_weighted_squared_change():
         assert found[kind.name] == pytest.approx(float(0.5 * rows @ change.square() @ columns), rel=1e-5)
     sampled = expected_divergences(weight, [Q4_K], importance=columns, output_importance=rows, sampled_rows=16)
     assert sampled["Q4_K"] == pytest.approx(found["Q4_K"], rel=0.2)
+
+
+def test_what_a_type_shrinks_costs_by_its_square():
+    """Codes of least squares make a weight smaller by their relative squared error, and all of it at once."""
+    weight = torch.randn(64, 256)
+    plain = expected_divergences(weight, [Q3_K, Q6_K], sampled_rows=64)
+    found = expected_divergences(weight, [Q3_K, Q6_K], scale_importance=torch.tensor(100.0), sampled_rows=64)
+    for kind in (Q3_K, Q6_K):
+        quantizer = quantizer_of(kind)
+        change = quantizer.decode(quantizer.encode(weight)) - weight
+        shrunk = float((change * weight).sum() / weight.square().sum())
+        assert -shrunk == pytest.approx(float(change.square().sum() / weight.square().sum()), rel=0.3)
+        assert found[kind.name] - plain[kind.name] == pytest.approx(50 * shrunk**2, rel=0.02)
 
 
 def test_the_expected_divergence_of_experts_is_their_sum():
