@@ -84,8 +84,8 @@ def calibrate(model: Any, tokenizer: Any, data: CalibrationData, *, gradients: b
     # Gemma's embedding scales what it reads, and so every change of a row.
     scale = float(getattr(embedding, "embed_scale", 1.0))
     embeddings = {f"{name}.weight": rows * (scale**2 / num_tokens)}
-    gradients, scales = outputs.gradients.shares(num_tokens), outputs.scales(num_tokens)
-    return Moments(inputs.means(), gradients, scales, embeddings, num_tokens)
+    of_rows, of_wholes = outputs.gradients.shares(num_tokens), outputs.scales(num_tokens)
+    return Moments(inputs.means(), of_rows, of_wholes, embeddings, num_tokens)
 
 
 class OutputMoments:
