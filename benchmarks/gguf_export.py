@@ -35,7 +35,7 @@ def wait() -> None:
 def parts(model: Any, method: str) -> dict[str, float]:
     """Seconds of reading all weights to the model's device, and of quantizing them there."""
     from fastllm.gguf.export import canonical_name
-    from fastllm.gguf.quantizers import quantizer_of
+    from fastllm.gguf.quantizers import quantizer_of, regaining_factor
     from fastllm.models.gguf_saving import merged_tensors
     from fastllm.models.merge_plan import plan_merge
 
@@ -47,8 +47,9 @@ def parts(model: Any, method: str) -> dict[str, float]:
         wait()
         came = time.perf_counter()
         for target in plan.layout.targets.get(canonical_name(name), []):
-            rows = target.change(tensor)
-            quantizer_of(types[target.name]).encode(rows.reshape(-1, rows.shape[-1]))
+            rows, quantizer = target.change(tensor), quantizer_of(types[target.name])
+            rows = rows.reshape(-1, rows.shape[-1])
+            quantizer.encode(rows, factor=regaining_factor(quantizer, rows, None))
         wait()
         read, quantize, started = read + came - started, quantize + time.perf_counter() - came, time.perf_counter()
     return {"read_s": round(read, 2), "quantize_s": round(quantize, 2)}

@@ -4,9 +4,10 @@ For small changes dW the divergence of the predictions grows by one half of E[(g
 gradient of the log-likelihood at the output, labels drawn from the model itself (that is, the Fisher information). With
 the diagonal of E[x x^T] and E[g g^T] alone that is  1/2 sum_ij E[g_i^2] E[x_j^2] dW_ij^2,  in nats per token.
 
-That holds for errors of random signs. Codes of least squared error also shrink a weight: dW = -e W + noise, where e is
-the relative squared error. All rows and all tokens shrink together, so this part adds up before it is squared:
-1/2 e^2 E[(sum_t g_t^T W x_t)^2] / T  over chunks of T tokens. At two and three bits it is most of the cost.
+That holds for errors of random signs. An error can also have a part along the weight itself: dW = -e W + noise, as
+codes of least squared error do (`quantizers/shrinkage.py` says what is done about it). All rows and all tokens shrink
+together, so what is left of this part adds up before it is squared: 1/2 e^2 E[(sum_t g_t^T W x_t)^2] / T  over chunks
+of T tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .quantizers import quantizer_of
+from .quantizers import quantizer_of, regaining_factor
 from .recipes import fitting_type
 from .tensor_types import TensorType
 
@@ -98,7 +99,8 @@ def _of_matrix(
     divergences = {}
     for kind in kinds:
         quantizer = quantizer_of(fitting_type(kind, matrix.shape[1]))
-        change = quantizer.decode(quantizer.encode(sample, columns)).sub_(sample)
+        factor = regaining_factor(quantizer, sample, columns)
+        change = quantizer.decode(quantizer.encode(sample, columns, factor=factor)).sub_(sample)
         shrunk = float(sampled_weight @ ((change * sample) @ column_weight) / energy.clamp_min(1e-30))
         noise = scale * expected_divergence(change, column_weight, sampled_weight)
         divergences[kind.name] = noise + 0.5 * shrunk**2 * scale_importance
