@@ -26,8 +26,8 @@ LISTS = {"measure": "results", "limits": "limits", "curve": "curves"}
 ROOT = Path(__file__).parents[1]
 
 
-def environment(commit: str | None, machine: dict[str, Any]) -> dict[str, Any]:
-    """What a figure depends on. `machine` is the GPU with its rates."""
+def environment(commit: str | None, machine: dict[str, Any], module: str = "run") -> dict[str, Any]:
+    """What a figure of a benchmark `module` depends on. `machine` is the GPU with its rates."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -45,7 +45,7 @@ def environment(commit: str | None, machine: dict[str, Any]) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "versions": versions,
-        "command": "python -m benchmarks.run " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.{module} " + " ".join(sys.argv[1:]),
         **machine,
     }
 

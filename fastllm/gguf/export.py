@@ -21,7 +21,7 @@ from .architectures import Target
 from .atomic import require_space
 from .container import GGUFError
 from .plan import ExportPlan, export_plan, mmproj_plan
-from .quantizers import quantizer_of
+from .quantizers import quantizer_of, regaining_factor
 from .recipes import Recipe
 from .tensor_types import TensorType
 from .writer import GGUFWriter, gguf_writer
@@ -182,7 +182,9 @@ class _Stream:
             for file, types in self._files:
                 kind = types[name]
                 if kind not in encoded:
-                    encoded[kind] = quantizer_of(kind).encode(rows, weight)
+                    quantizer = quantizer_of(kind)
+                    factor = regaining_factor(quantizer, rows, weight)
+                    encoded[kind] = quantizer.encode(rows, weight, factor=factor)
                 file.write(name, encoded[kind], first_row=i * rows.shape[0])
         self._progress.add(tensor.numel(), name)
 

@@ -46,11 +46,13 @@ def calibration_data(rows: Any, num_samples: int, max_length: int) -> Calibratio
 @dataclass
 class Moments:
     """E[x^2] of each column and E[g^2] of each row of linear weights, by the weight's name; of stacked experts, by the
-    expert, E[x^2] over the tokens that it met and E[g^2] over all tokens. `embeddings` holds for each row of an
-    embedding E[g^2] where it was read, times how often a token is that one."""
+    expert, E[x^2] over the tokens that it met and E[g^2] over all tokens. `scales` holds, once for each row, what a
+    common factor of the weight does: the mean square of sum g y over a chunk, y the output, divided by its tokens.
+    `embeddings` holds for each row of an embedding E[g^2] where it was read, times how often a token is that one."""
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
     num_tokens: int = 0
 
@@ -62,7 +64,7 @@ def calibrate(model: Any, tokenizer: Any, data: CalibrationData, *, gradients: b
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or data.max_length
     chunks = token_chunks(tokenizer, data, min(data.max_length, longest))
-    inputs, outputs, embedding = SecondMoments(), SecondMoments(), model.get_input_embeddings()
+    inputs, outputs, embedding = SecondMoments(), OutputMoments(), model.get_input_embeddings()
     rows = torch.zeros(embedding.weight.shape[0], device=model.device)
     generator = torch.Generator(model.device).manual_seed(0)
     with _watched(model, inputs, outputs if gradients else None) as embedded, torch.set_grad_enabled(gradients):
@@ -82,7 +84,35 @@ def calibrate(model: Any, tokenizer: Any, data: CalibrationData, *, gradients: b
     # Gemma's embedding scales what it reads, and so every change of a row.
     scale = float(getattr(embedding, "embed_scale", 1.0))
     embeddings = {f"{name}.weight": rows * (scale**2 / num_tokens)}
-    return Moments(inputs.means(), outputs.shares(num_tokens), embeddings, num_tokens)
+    of_rows, of_wholes = outputs.gradients.shares(num_tokens), outputs.scales(num_tokens)
+    return Moments(inputs.means(), of_rows, of_wholes, embeddings, num_tokens)
+
+
+class OutputMoments:
+    """What gradients at the outputs of linear layers say: E[g^2] of each row, and of each weight as a whole the squared
+    derivative by a factor that all of it has."""
+
+    def __init__(self) -> None:
+        self.gradients = SecondMoments()
+        self._squares: dict[str, torch.Tensor] = {}
+
+    def add(
+        self, name: str, products: torch.Tensor, gradient: torch.Tensor, *, parts: int = 1, expert: int | None = None,
+        num_experts: int = 1,
+    ) -> None:  # fmt: skip
+        """The `products` [..., rows] of a weight and the gradient of a chunk's loss at them. `parts` weights may lie
+        one after the other in the rows, with a factor each."""
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        experts = None if expert is None else torch.full((len(flat),), expert, device=flat.device)
+        self.gradients.add(name, flat, experts=experts, num_experts=num_experts)
+        derivatives = (flat.float() * products.reshape(flat.shape).float()).sum(0)
+        squares = self._squares.setdefault(name, torch.zeros(num_experts, len(derivatives), device=flat.device))
+        squares[expert or 0] += derivatives.view(parts, -1).sum(1).square().repeat_interleave(len(derivatives) // parts)
+
+    def scales(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """The same value for each row of a weight: fp32 [rows], or [experts, rows], on the CPU."""
+        means = {name: (squares / num_tokens).cpu() for name, squares in self._squares.items()}
+        return {name: mean[0] if len(mean) == 1 else mean for name, mean in means.items()}
 
 
 def token_chunks(tokenizer: Any, data: CalibrationData, length: int) -> list[torch.Tensor]:
@@ -159,8 +189,14 @@ def run_experts(
     return result
 
 
+def _bias(module: Any) -> torch.Tensor | float:
+    """Of the linear layer that `linear_layers` watches as `module`."""
+    inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None) or module
+    return 0.0 if inner.bias is None else inner.bias.detach()
+
+
 @contextmanager
-def _watched(model: Any, inputs: SecondMoments, outputs: SecondMoments | None) -> Iterator[list[torch.Tensor]]:
+def _watched(model: Any, inputs: SecondMoments, outputs: OutputMoments | None) -> Iterator[list[torch.Tensor]]:
     """The model in evaluation mode with hooks. Yields the list that each forward appends its embedded tokens to: with
     `outputs`, these are where a backward may end."""
     embedded: list[torch.Tensor] = []
@@ -169,17 +205,18 @@ def _watched(model: Any, inputs: SecondMoments, outputs: SecondMoments | None) -
         embedded.append(output.detach().requires_grad_(outputs is not None))
         return embedded[-1]
 
-    def see(name: str, rows: torch.Tensor, products: torch.Tensor, **place: Any) -> None:
-        inputs.add(name, rows, **place)
-        if outputs is not None:
-            products.register_hook(functools.partial(outputs.add, name, **place))
-
     def watch_linear(name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        see(f"{name}.weight", args[0], output)
+        inputs.add(f"{name}.weight", args[0])
+        if outputs is not None:
+            products = output.detach() - _bias(module)
+            output.register_hook(functools.partial(outputs.add, f"{name}.weight", products))
 
-    def watch_expert(name: str, count: int, stack: str, rows: torch.Tensor, products: torch.Tensor, index: int) -> None:
+    def watch_expert(name: str, count: int, stack: str, rows: torch.Tensor, output: torch.Tensor, index: int) -> None:
         ids = torch.full((len(rows),), index, device=rows.device)
-        see(f"{name}.{stack}", rows, products, experts=ids, num_experts=count)
+        inputs.add(f"{name}.{stack}", rows, experts=ids, num_experts=count)
+        if outputs is not None:
+            place = {"expert": index, "num_experts": count, "parts": 2 if stack == "gate_up_proj" else 1}
+            output.register_hook(functools.partial(outputs.add, f"{name}.{stack}", output.detach(), **place))
 
     with ExitStack() as undo:
         for name, module in linear_layers(model):

@@ -48,6 +48,7 @@ from .patch import unwrapped
 
 _DEFAULT = "fast_quantized"
 _DYNAMIC_DEFAULT = "dynamic_q4_k_m"
+_AHEAD = 4  # so many tensors before one is needed, the disk begins to read it
 _SAVE_METHODS = (None, "merged_16bit", "lora")
 _LORA_TYPES = {"fast_quantized": "f16", "not_quantized": "f16", "auto": "f16"} | {
     name: name for name in ("f32", "f16", "bf16", "q8_0")
@@ -219,8 +220,11 @@ class _Source:
 
 def merged_tensors(plan: MergePlan, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, values) of each tensor of the merged model, adapted ones in fp32 and on `device`, one in memory at a
-    time."""
-    for weight in plan.weights.values():
+    time. The disk reads the next ones meanwhile."""
+    weights = list(plan.weights.values())
+    for i, weight in enumerate(weights):
+        for upcoming in weights[i + _AHEAD : i + _AHEAD + 1]:
+            upcoming.prefetch()
         if weight.edits:
             yield weight.name, torch.cat([finite_block(weight, block) for _, block in weight.merged(device=device)])
         else:
@@ -295,6 +299,7 @@ def _dynamic(source: _Source, static: ExportPlan, request: GgufRequest, moments:
     kinds = candidates(static)
     divergences: dict[str, Counter[str]] = {}
     columns, rows = source.of_columns(moments.inputs), source.of_rows(moments.gradients)
+    scales = {name: values[..., 0] for name, values in source.of_rows(moments.scales).items()}
     embeddings = source.of_rows(moments.embeddings)
     with tqdm(total=static.num_weights, desc="measuring types", unit=" weights", unit_scale=True, delay=1) as bar:
         for name, tensor in merged_tensors(source.plan, source.model.device):
@@ -305,7 +310,7 @@ def _dynamic(source: _Source, static: ExportPlan, request: GgufRequest, moments:
                 weight, allowed = target.change(tensor), kinds[target.name]
                 costs = divergences.setdefault(target.name, Counter())  # to which each expert adds its own
                 if measured[0]:
-                    costs.update(_divergences(source, target, weight, allowed, columns, rows))
+                    costs.update(_divergences(source, target, weight, allowed, columns, rows, scales))
                 if measured[1]:
                     costs.update(embedding_divergences(weight, allowed, embeddings[target.name]))
             bar.update(tensor.numel())
@@ -325,13 +330,16 @@ def _divergences(
     kinds: list[TensorType],
     columns: Mapping[str, torch.Tensor],
     rows: Mapping[str, torch.Tensor],
+    scales: Mapping[str, torch.Tensor],
 ) -> dict[str, float]:
     """What each type would cost a whole tensor, or one expert of it."""
-    x2, g2 = columns[target.name], rows[target.name]
+    x2, g2, scale = columns[target.name], rows[target.name], scales[target.name]
     if target.expert is not None:
-        x2, g2 = x2[target.expert], g2[target.expert]
+        x2, g2, scale = x2[target.expert], g2[target.expert], scale[target.expert]
     sampled_rows = max(1, SAMPLED_ROWS // source.num_experts(target))
-    return expected_divergences(weight, kinds, importance=x2, output_importance=g2, sampled_rows=sampled_rows)
+    return expected_divergences(
+        weight, kinds, importance=x2, output_importance=g2, scale_importance=scale, sampled_rows=sampled_rows
+    )
 
 
 def _save_lora(model: Any, request: GgufRequest) -> Path:

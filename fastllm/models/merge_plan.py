@@ -38,6 +38,8 @@ class WeightSource(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor: ...
 
+    def prefetch(self, name: str) -> None: ...
+
 
 class LoadedWeights:
     """The weights in memory as a checkpoint in `dtype` would hold them."""
@@ -72,6 +74,9 @@ class LoadedWeights:
         value = self.tensor(name).to(self.entries[name].torch_dtype)
         return value.contiguous().flatten().view(torch.uint8)
 
+    def prefetch(self, name: str) -> None:
+        """They are in memory."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -86,6 +91,10 @@ class Weight:
     @property
     def name(self) -> str:
         return self.entry.name
+
+    def prefetch(self) -> None:
+        """Tell that the stored values will be needed soon."""
+        self.source.prefetch(self.stored_as)
 
     def stored(self) -> torch.Tensor:
         """The values before any edit: [rows, ...], a view of the file where there is one."""
@@ -334,6 +343,9 @@ class _InMemory:
 
     def data(self, name: str) -> torch.Tensor:
         return self.tensor(name).to(self.entries[name].torch_dtype).contiguous().flatten().view(torch.uint8)
+
+    def prefetch(self, name: str) -> None:
+        """It is in memory."""
 
 
 def _identity(adapters: AdaptedWeights, name: str) -> list[tuple]:

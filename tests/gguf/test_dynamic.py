@@ -18,9 +18,9 @@ from fastllm.gguf.architectures import gguf_names
 from fastllm.gguf.container import GGUFError
 from fastllm.gguf.dynamic import candidates, dynamic_base, dynamic_recipe
 from fastllm.gguf.importance import SecondMoments, load_imatrix
-from fastllm.gguf.quantizers import quantizer_of
+from fastllm.gguf.quantizers import quantizer_of, regaining_factor
 from fastllm.gguf.sensitivity import expected_divergences
-from fastllm.gguf.tensor_types import Q4_K, Q6_K, tensor_type
+from fastllm.gguf.tensor_types import IQ4_XS, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, tensor_type
 
 from . import models
 
@@ -99,10 +99,45 @@ def test_the_expected_divergence_is_the_weighted_squared_change():
     found = expected_divergences(weight, [Q4_K, Q6_K], importance=columns, output_importance=rows, sampled_rows=64)
     for kind in (Q4_K, Q6_K):
         quantizer = quantizer_of(kind)
-        change = quantizer.decode(quantizer.encode(weight, columns)) - weight
+        factor = regaining_factor(quantizer, weight, columns)
+        change = quantizer.decode(quantizer.encode(weight, columns, factor=factor)) - weight
         assert found[kind.name] == pytest.approx(float(0.5 * rows @ change.square() @ columns), rel=1e-5)
     sampled = expected_divergences(weight, [Q4_K], importance=columns, output_importance=rows, sampled_rows=16)
     assert sampled["Q4_K"] == pytest.approx(found["Q4_K"], rel=0.2)
+
+
+@pytest.mark.parametrize("kind", [Q2_K, Q3_K, Q4_K, Q5_K, IQ4_XS])
+@pytest.mark.parametrize("columns", [None, torch.linspace(0.1, 2, 256)])
+def test_codes_of_least_squares_shrink_a_weight_and_the_factor_gives_it_back(kind, columns):
+    """They are smaller by their relative squared error; as large as the weight, they have hardly more of it."""
+    weight, quantizer = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), quantizer_of(kind)
+    weighted = weight if columns is None else weight * columns
+
+    def shrunk_and_error(factor: float) -> tuple[float, float]:
+        change = quantizer.decode(quantizer.encode(weight, columns, factor=factor)) - weight
+        energy = (weighted * weight).sum()
+        error = (change.square() * (1 if columns is None else columns)).sum() / energy
+        return float(-(weighted * change).sum() / energy), float(error)
+
+    shrunk, least = shrunk_and_error(1.0)
+    left, error = shrunk_and_error(regaining_factor(quantizer, weight, columns))
+    assert shrunk == pytest.approx(least, rel=0.3)
+    assert abs(left) < 0.05 * shrunk
+    assert error < least * (1 + 2 * shrunk)
+
+
+def test_types_that_do_not_shrink_keep_their_bytes():
+    assert regaining_factor(quantizer_of(Q6_K), torch.randn(4, 256), None) == 1
+    assert regaining_factor(quantizer_of(Q4_K), torch.zeros(4, 256), None) == 1
+
+
+def test_what_is_shrunk_costs_by_its_square():
+    weight, quantizer = torch.randn(64, 256), quantizer_of(Q6_K)
+    plain = expected_divergences(weight, [Q6_K], sampled_rows=64)["Q6_K"]
+    found = expected_divergences(weight, [Q6_K], scale_importance=torch.tensor(1e10), sampled_rows=64)["Q6_K"]
+    change = quantizer.decode(quantizer.encode(weight)) - weight
+    shrunk = float((change * weight).sum() / weight.square().sum())
+    assert found - plain == pytest.approx(0.5e10 * shrunk**2, rel=0.02)
 
 
 def test_the_expected_divergence_of_experts_is_their_sum():

@@ -128,7 +128,8 @@ class _LlamaCppEncoder:
     def __init__(self, judge, kind: TensorType) -> None:
         self._judge, self._kind = judge, kind
 
-    def encode(self, rows, importance=None):
+    def encode(self, rows, importance=None, *, factor=1.0):
+        assert factor == 1.0
         if not self._kind.is_quantized:
             return quantizer_of(self._kind).encode(rows)
         weights = None if importance is None else importance.numpy()
@@ -145,6 +146,7 @@ def ratio_to_llama_cpp(judge, write, monkeypatch, quantization, seeds, num_promp
         ours += float(divergences(judge, write(model, quantization), model, prompts).mean())
         with monkeypatch.context() as patch:
             patch.setattr(export, "quantizer_of", lambda kind: _LlamaCppEncoder(judge, kind))
+            patch.setattr(export, "regaining_factor", lambda *_: 1.0)
             theirs += float(divergences(judge, write(model, quantization), model, prompts).mean())
     return ours / theirs
 

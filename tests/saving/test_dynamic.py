@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from fastllm._errors import ArgumentError, DataError
 from fastllm.gguf import ExplicitRecipe, GGUFReader
@@ -71,6 +72,33 @@ def test_gradients_are_the_fisher_information_of_the_head(trained):
     probabilities = torch.cat([log_probs(model, chunk).exp() for chunk in token_chunks(tokenizer, data, 64)])
     expected = (probabilities * (1 - probabilities)).mean(0).float()
     assert float(moments.gradients["lm_head.weight"].sum() / expected.sum()) == pytest.approx(1, abs=0.05)
+
+
+def test_scales_are_the_squared_derivatives_by_a_factor_of_the_weight(tmp_path, monkeypatch):
+    """d loss / d factor is <W, dloss/dW>, biases left out; here with labels that are known."""
+    model = tiny_model("qwen2", num_hidden_layers=2, tie_word_embeddings=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "base")
+    save_byte_level_tokenizer(tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
+    data = CalibrationData(CHATS[:6], max_length=40)
+    moments = calibrate(model, tokenizer, data, gradients=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    expected = dict.fromkeys(moments.scales, 0.0)
+    for chunk in token_chunks(tokenizer, data, 40):
+        logits = plain(input_ids=chunk).logits[0]
+        torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum").backward()
+        for name in expected:
+            weight = plain.get_parameter(name)
+            expected[name] += float((weight.detach() * weight.grad).sum()) ** 2 / moments.num_tokens
+        plain.zero_grad()
+    for name, value in expected.items():
+        assert moments.scales[name].shape == (plain.get_parameter(name).shape[0],)
+        assert moments.scales[name].unique().tolist() == pytest.approx([value], rel=1e-3, abs=1e-7)
 
 
 def test_the_cost_of_an_embedding_is_what_its_rounding_costs(trained):

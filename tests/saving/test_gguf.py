@@ -349,6 +349,34 @@ def test_a_disk_that_is_too_small_is_known_before_the_first_byte(trained, tmp_pa
     assert not (tmp_path / "out_gguf").exists()
 
 
+def test_the_disk_is_told_which_tensors_come_next(tmp_path, monkeypatch):
+    """Each is announced once, some tensors before it is needed, also one without any values."""
+    from safetensors.torch import load_file, save_file
+
+    from fastllm.models.checkpoints import Checkpoint
+    from fastllm.models.merge_plan import plan_merge
+
+    events = []
+
+    def telling(name, original):
+        return lambda self, tensor: events.append((name, tensor)) or original(self, tensor)
+
+    for name in ("prefetch", "tensor"):
+        monkeypatch.setattr(Checkpoint, name, telling(name, getattr(Checkpoint, name)))
+    model, _ = load(make_base(tmp_path / "base", SHARDED))
+    events.clear()
+    names = [name for name, _ in gguf_saving.merged_tensors(plan_merge(model), torch.device("cpu"))]
+    announced = [name for event, name in events if event == "prefetch"]
+    assert announced == names[gguf_saving._AHEAD :]
+    for name in announced:
+        assert events.index(("prefetch", name)) < events.index(("tensor", name))
+    save_file({"a": torch.ones(3), "none": torch.empty(0, 4)}, tmp_path / "model.safetensors")
+    few = Checkpoint(tmp_path)
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        few.prefetch(name)
+        assert torch.equal(few.tensor(name), tensor)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_that_is_killed_at_any_moment(base_of, tmp_path, monkeypatch):
     """Under the final name there is the old file, the new one, or nothing."""

@@ -9,6 +9,7 @@ from .k_affine import Q2_KQuantizer, Q4_KQuantizer, Q5_KQuantizer
 from .k_signed import Q3_KQuantizer, Q6_KQuantizer
 from .legacy import Q4_0Quantizer, Q4_1Quantizer, Q5_0Quantizer, Q5_1Quantizer, Q8_0Quantizer
 from .plain import BF16Quantizer, F16Quantizer, F32Quantizer
+from .shrinkage import regaining_factor
 
 _QUANTIZERS: dict[str, Quantizer] = {
     quantizer.type.name: quantizer
@@ -30,6 +31,8 @@ _QUANTIZERS: dict[str, Quantizer] = {
         IQ4_XSQuantizer(),
     )
 }
+
+__all__ = ["Quantizer", "quantizer_of", "regaining_factor"]
 
 
 def quantizer_of(kind: TensorType) -> Quantizer:

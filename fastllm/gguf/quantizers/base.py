@@ -11,7 +11,7 @@ from ..container import GGUFError
 from ..tensor_types import TensorType
 
 # Weights worked on at once: enough to hide what a call costs, few enough for the cache or the memory.
-_CPU_CHUNK, _ACCELERATOR_CHUNK = 2**18, 2**23
+_CPU_CHUNK, _ACCELERATOR_CHUNK = 2**18, 2**24
 LARGEST_F16 = 65504.0
 
 
@@ -27,8 +27,11 @@ class Quantizer(ABC):
     # Weights beyond it have no finite scale; such a model is broken anyway.
     largest_weight: ClassVar[float] = LARGEST_F16
 
-    def encode(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """The stored bytes of `rows`, with the least squared error found, each column weighted by its importance.
+    def encode(
+        self, rows: torch.Tensor, importance: torch.Tensor | None = None, *, factor: float = 1.0
+    ) -> torch.Tensor:
+        """The stored bytes of `rows` times `factor`, with the least squared error found, each column weighted by its
+        importance.
 
         Raises `GGUFError` for weights that are not finite or larger than the type can hold.
         """
@@ -39,6 +42,7 @@ class Quantizer(ABC):
         rows_per_chunk = max(1, chunk // width)
         for start in range(0, num_rows, rows_per_chunk):
             part = rows[start : start + rows_per_chunk].float()
+            part = part if factor == 1.0 else part * factor
             self._require_in_range(part)
             encoded[start : start + rows_per_chunk] = self._encode(part, importance).view(part.shape[0], -1)
         return encoded
