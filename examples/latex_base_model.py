@@ -1,6 +1,7 @@
 """A small base model for `vision_latex_ocr.py`: shaped like Qwen2.5-VL, made and trained here, with nothing downloaded.
 
-It learns to read short formulas aloud: a picture of x² + α is "x to the 2 plus alpha". Of LaTeX it sees nothing.
+It learns to read short formulas aloud: a picture of x² + α is "x to the 2 plus alpha". LaTeX it knows as text, as every
+language model does, and never with a picture.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from fastllm import FastVisionModel, is_bf16_supported
 from fastllm.trainer import UnslothVisionDataCollator
 
-INSTRUCTION = "Read this formula aloud."
+READ_ALOUD, WRITE = "Read this formula aloud.", "Write a formula."
 PATCH = 8
 Lesson = tuple[Sequence[Formula], int]  # formulas, and the steps that are taken on them
 IMAGE_TOKENS = {
@@ -42,7 +43,7 @@ def make_base(
     folder: Path, lessons: Sequence[Lesson], page: Page, *, width: int, layers: int, batch_size: int
 ) -> list[tuple[int, float]]:
     """Write a checkpoint of `width` and `layers` that has learned to read formulas aloud, one lesson after
-    the other. Returns the losses, (step, loss)."""
+    the other, and in the last also LaTeX without pictures. Returns the losses, (step, loss)."""
     drawn = [(pictures(formulas, page), steps) for formulas, steps in lessons]
     tokenizer = make_tokenizer([text for formulas, _ in lessons for formula in formulas for text in formula])
     tokenizer.save_pretrained(folder)
@@ -58,8 +59,11 @@ def make_base(
     )
     losses: list[tuple[int, float]] = []
     taken = 0
-    for shown, steps in drawn:
-        rows = [conversation(INSTRUCTION, image, formula.spoken) for formula, image in shown]
+    for number, (shown, steps) in enumerate(drawn, start=1):
+        rows = [conversation(READ_ALOUD, formula.spoken, image) for formula, image in shown]
+        is_last = number == len(drawn)
+        if is_last:
+            rows += [conversation(WRITE, formula.latex) for formula, _ in shown]
         trainer = SFTTrainer(
             model=model,
             processing_class=processor,
@@ -70,7 +74,7 @@ def make_base(
                 max_steps=steps,
                 learning_rate=1e-3,
                 warmup_steps=steps // 10,
-                lr_scheduler_type="cosine",
+                lr_scheduler_type="cosine" if is_last else "constant_with_warmup",
                 logging_steps=max(1, steps // 100),
                 save_strategy="no",
                 seed=3407,
@@ -95,8 +99,10 @@ def machine() -> dict[str, Any]:
     return {**precision, "dataloader_num_workers": workers, "dataloader_persistent_workers": True}
 
 
-def conversation(instruction: str, image: Image.Image, answer: str) -> dict[str, Any]:
-    question = [{"type": "text", "text": instruction}, {"type": "image", "image": image}]
+def conversation(instruction: str, answer: str, image: Image.Image | None = None) -> dict[str, Any]:
+    question: list[dict[str, Any]] = [{"type": "text", "text": instruction}]
+    if image is not None:
+        question.append({"type": "image", "image": image})
     return {
         "messages": [
             {"role": "user", "content": question},
@@ -111,7 +117,7 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        [*texts, INSTRUCTION, "user assistant"],
+        [*texts, READ_ALOUD, WRITE, "user assistant"],
         trainers.BpeTrainer(vocab_size=512, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,18 +68,22 @@ def plot_grid(
 
 
 def write_result(path: Path, found: Mapping[str, Any]) -> None:
-    """A result file with what was found, and what it depends on."""
-    gpu = torch.cuda.is_available()
+    """A result file in the form of those in `benchmarks/results`: one session, and what was found in it."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    machine = {
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if gpu else None,
+    session: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": versions,
     }
-    result = {"python": platform.python_version(), "versions": versions, **machine, **found}
+    result: dict[str, Any] = {"case": "latex-ocr", "session": 0, **found}
+    if torch.cuda.is_available():
+        session |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        result["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"sessions": [session], "results": [result]}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")

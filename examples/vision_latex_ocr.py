@@ -62,10 +62,11 @@ learning_rate = 2e-4
 if MODEL is None:
     MODEL, learning_rate = str(OUTPUT / "base"), 2e-3  # small models take larger steps
     # Symbols one by one come first, then formulas of more and more terms: a tower that begins with formulas takes far
-    # longer to find out what there is to see.
+    # longer to find out what there is to see. Text without pictures comes last, for the same reason.
     few = min(1_600, batch_size * BASE_STEPS)
     courses = [distinct(n * n * few, 2 + n, terms=n, nested=False, without=excluded) for n in range(1, terms + 1)]
-    lessons = [(4 * symbols(), BASE_STEPS // 8 + 1), *((course, BASE_STEPS // terms) for course in courses)]
+    lessons = [(4 * symbols(), min(200, BASE_STEPS)), *((course, BASE_STEPS // terms) for course in courses)]
+    lessons.append((courses[-1], BASE_STEPS // 8 + 1))
     width, layers = (384, 5) if ON_GPU else (128, 2)
     losses["base: reading aloud"] = make_base(
         Path(MODEL), lessons, page, width=width, layers=layers, batch_size=batch_size
@@ -117,7 +118,7 @@ def read(images, size=256):
 before = read(images)
 
 # %%
-converted_dataset = [conversation(INSTRUCTION, sample["image"], sample["text"]) for sample in dataset]
+converted_dataset = [conversation(INSTRUCTION, sample["text"], sample["image"]) for sample in dataset]
 
 FastVisionModel.for_training(model)
 trainer = SFTTrainer(
