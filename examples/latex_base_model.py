@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from latex_formulas import Formula, Page, pictures
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from trl import SFTConfig, SFTTrainer
@@ -112,9 +112,11 @@ def conversation(instruction: str, answer: str, image: Image.Image | None = None
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as Qwen's."""
+    r"""Byte-level BPE, as Qwen's. Words and commands such as \frac are one token each, and so are braces and digits."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pieces = pre_tokenizers.Split(Regex(r" ?\\?[A-Za-z]+| ?[^\sA-Za-z]"), "isolated")
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence([pieces, by_bytes]), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
         [*texts, READ_ALOUD, WRITE, "user assistant"],

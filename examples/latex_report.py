@@ -53,7 +53,7 @@ def plot_grid(
     """Each picture with the model's answer under it: green where it is right, red with the truth where it is not."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(3.4 * columns, 1.35 * rows), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False).flat
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in places:
         axes.axis("off")
     for axes, image, truth, answer in zip(places, images, truths, answers, strict=False):
@@ -61,7 +61,7 @@ def plot_grid(
         axes.imshow(image, cmap="gray")
         text = answer if right else f"{answer}\nnot {truth}"
         axes.text(
-            0.5, -0.05, text.replace("$", r"\$"), transform=axes.transAxes, ha="center", va="top", fontsize=7,
+            0.5, -0.05, text.replace("$", r"\$"), transform=axes.transAxes, ha="center", va="top", fontsize=6,
             family="monospace", color="green" if right else "red", parse_math=False,
         )  # fmt: skip
     figure.savefig(path, dpi=120)
