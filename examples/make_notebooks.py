@@ -35,7 +35,7 @@ def _source(lines: list[str]) -> list[str]:
 
 
 def main() -> None:
-    for script in sorted(FOLDER.glob("data_*.py")):
+    for script in [*sorted(FOLDER.glob("data_*.py")), FOLDER / "vision_latex_ocr.py"]:
         text = json.dumps(notebook(script.read_text(encoding="utf-8")), indent=1, ensure_ascii=False)
         script.with_suffix(".ipynb").write_text(text + "\n", encoding="utf-8")
 
