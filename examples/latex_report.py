@@ -61,7 +61,7 @@ def plot_grid(
         axes.imshow(image, cmap="gray")
         text = answer if right else f"{answer}\nnot {truth}"
         axes.text(
-            0.5, -0.05, text.replace("$", r"\$"), transform=axes.transAxes, ha="center", va="top", fontsize=6,
+            0.5, -0.05, text, transform=axes.transAxes, ha="center", va="top", fontsize=6,
             family="monospace", color="green" if right else "red", parse_math=False,
         )  # fmt: skip
     figure.savefig(path, dpi=120)

@@ -29,7 +29,7 @@ started = time.perf_counter()
 ON_GPU = torch.cuda.is_available()
 OUTPUT = Path(os.environ.get("FASTLLM_EXAMPLE_OUTPUT", "latex_ocr_output"))
 MODEL = os.environ.get("FASTLLM_EXAMPLE_MODEL")
-BASE_STEPS = int(os.environ.get("FASTLLM_EXAMPLE_BASE_STEPS", "2400" if ON_GPU else "800"))
+BASE_STEPS = int(os.environ.get("FASTLLM_EXAMPLE_BASE_STEPS", "2100" if ON_GPU else "800"))
 STEPS = int(os.environ.get("FASTLLM_EXAMPLE_STEPS", "1600" if ON_GPU else "800"))
 INSTRUCTION = "Write the LaTeX representation for this image."
 
@@ -65,9 +65,9 @@ if MODEL is None:
     # longer to find out what there is to see. Text without pictures comes last, for the same reason.
     few = min(1_600, batch_size * BASE_STEPS)
     courses = [distinct(n * n * few, 2 + n, terms=n, nested=False, without=excluded) for n in range(1, terms + 1)]
-    lessons = [(4 * symbols(), min(200, BASE_STEPS)), *((course, BASE_STEPS // terms) for course in courses)]
+    lessons = [(16 * symbols(), min(200, BASE_STEPS)), *((course, BASE_STEPS // terms) for course in courses)]
     lessons.append((courses[-1], BASE_STEPS // 8 + 1))
-    width, layers = (384, 5) if ON_GPU else (128, 2)
+    width, layers = (384, 4) if ON_GPU else (128, 2)
     losses["base: reading aloud"] = make_base(
         Path(MODEL), lessons, page, width=width, layers=layers, batch_size=batch_size
     )
