@@ -27,7 +27,7 @@ SIZES = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 METHODS = [method for size in SIZES for method in (size, f"dynamic_{size}")]
 # size -> characters to train on, characters held out, vocabulary, rows judged, seconds kept for what follows training
 _SCALES = {
-    "full": (240_000_000, 1_500_000, 24576, 64, 60),
+    "full": (120_000_000, 1_500_000, 24576, 64, 60),
     "small": (6_000_000, 300_000, 2048, 100, 60),
     "toy": (200_000, 40_000, 512, 8, 1),
 }

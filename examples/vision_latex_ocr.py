@@ -29,19 +29,19 @@ started = time.perf_counter()
 ON_GPU = torch.cuda.is_available()
 OUTPUT = Path(os.environ.get("FASTLLM_EXAMPLE_OUTPUT", "latex_ocr_output"))
 MODEL = os.environ.get("FASTLLM_EXAMPLE_MODEL")
-BASE_STEPS = int(os.environ.get("FASTLLM_EXAMPLE_BASE_STEPS", "2100" if ON_GPU else "800"))
-STEPS = int(os.environ.get("FASTLLM_EXAMPLE_STEPS", "1600" if ON_GPU else "800"))
+BASE_STEPS = int(os.environ.get("FASTLLM_EXAMPLE_BASE_STEPS", "1800" if ON_GPU else "800"))
+STEPS = int(os.environ.get("FASTLLM_EXAMPLE_STEPS", "1400" if ON_GPU else "800"))
 INSTRUCTION = "Write the LaTeX representation for this image."
 
 # %% [markdown]
 # ## Pictures of formulas
 #
-# On a GPU up to three terms, with sums in fractions and under roots; on a CPU a single term of two symbols. Those held
+# On a GPU up to two terms, on a CPU a single one: fractions, roots, powers, indices, functions of symbols. Those held
 # out are in no training, neither of the base nor of the fine-tune.
 
 # %%
 if ON_GPU:
-    page, held, count, terms, nested, batch_size = Page(224, 48, font_size=18), 256, 16_000, 3, True, 64
+    page, held, count, terms, nested, batch_size = Page(128, 48, font_size=18), 256, 16_000, 2, False, 64
 else:
     page, held, count, terms, nested, batch_size = Page(64, 32, font_size=12), 64, 1_600, 1, False, 16
 

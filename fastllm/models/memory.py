@@ -107,6 +107,11 @@ class ActivationPlanner:
         largest of a layer need as much memory as all else in it. Small batches, which wait for the host, do not."""
         return self.setting == "offload" and Keep.OFFLOADED_INPUT in self._plan
 
+    def spares_recordings(self, inputs: int, device: torch.device) -> bool:
+        """Whether layers whose inputs take so many bytes are not recorded, for the sake of memory: a recording holds
+        its own from step to step."""
+        return self.setting == "offload" and device.type == "cuda" and inputs > _SMALL_INPUTS
+
     def release_weights(self, reason: str) -> None:
         """Free every kept weight and recording; training that goes on makes them again."""
         self.recordings.release()

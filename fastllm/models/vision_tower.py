@@ -186,7 +186,10 @@ class Tower:
         rounds = x.dim() == 2 and call.attention.mask is None  # images end to end
         if index == 0:
             patches = self.num_blocks * x.shape[:-1].numel()
-            recordings.begin("tower", x, block, lambda: patches * block_bytes(block, x.dtype), round_rows=rounds)
+            recordings.begin(
+                "tower", x, block, lambda: patches * block_bytes(block, x.dtype), round_rows=rounds,
+                is_wanted=not self.planner.spares_recordings(self.num_blocks * x.nbytes, x.device),
+            )  # fmt: skip
         if draws_masks(block) or has_foreign_hooks(module):
             return None
         if rounds:
