@@ -152,6 +152,7 @@ class RecordedPass:
     def _with_fixed_inputs(self, call: Any) -> Any:
         return with_tensors(call, iter([copied.value for copied in self._inputs]))
 
+    @torch.no_grad()
     def _run_forward(self) -> Outputs:
         # Documents remember what they worked out of their boundaries: these are others in each forward.
         self._call = self._with_fixed_inputs(self._call)
@@ -163,6 +164,7 @@ class RecordedPass:
             raise NotRecordable("cuDNN's attention that sees both ways is not safe in a CUDA graph")
         return [y]
 
+    @torch.no_grad()
     def _run_backward(self) -> Outputs:
         assert self._dy is not None
         kept = copy.copy(self._kept)  # a backward consumes it, and the recording writes to its tensors again

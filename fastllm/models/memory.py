@@ -222,13 +222,15 @@ class ActivationPlanner:
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
     """Bytes a token that a layer holds (`stash` beside its input when it keeps all, `layer_input` always), what its
-    backward needs at most for a moment, and what its weights take where they stay dequantised."""
+    backward needs at most for a moment, what its weights take where they stay dequantised, and what all gradients of
+    its trained parameters take."""
 
     stash: int
     layer_input: int
     backward: int
     weights: int
     kept_weights: int
+    gradients: int
 
     @classmethod
     def of(cls, layer: DecoderLayer, dtype: torch.dtype) -> LayerBytes:
@@ -248,7 +250,7 @@ class LayerBytes:
         # Under autocast they are smaller than this.
         widest = max(dtype, layer.qkv.dtype or dtype, key=lambda dtype: dtype.itemsize)
         kept_weights = sum(group.kept_bytes(widest) for group in layer.groups())
-        return cls(stash, size * width, backward, size * (total + largest), kept_weights)
+        return cls(stash, size * width, backward, size * (total + largest), kept_weights, gradient_bytes(layer))
 
     def transient(self, tokens: int) -> int:
         """The most that is alive at once besides what the layers keep: a layer's backward, or the head's chunks."""
@@ -258,7 +260,13 @@ class LayerBytes:
 
 def _recorded_bytes(sizes: LayerBytes, tokens: int, layers: int, kept: int) -> int:
     """What the layers hold from step to step where their launches are recorded and `kept` of them keep everything."""
-    return tokens * (kept * sizes.stash + layers * sizes.layer_input + sizes.backward) + sizes.weights
+    held = layers * (tokens * sizes.layer_input + sizes.gradients) + tokens * kept * sizes.stash
+    return held + tokens * sizes.backward + sizes.weights
+
+
+def gradient_bytes(layer: DecoderLayer | VisionBlock) -> int:
+    """Bytes of the gradients of one layer's trained parameters."""
+    return sum(p.nbytes for p in layer.parameters() if p is not None and p.requires_grad)
 
 
 def block_bytes(block: VisionBlock, dtype: torch.dtype) -> int:

@@ -27,7 +27,7 @@ from .blocks import Forward, checkpointing_requested
 from .chains import Recordable
 from .fused_parts import ACTIVATIONS, Made
 from .lora_view import CACHE, group_of, watch_hooks
-from .memory import ActivationPlanner, block_bytes
+from .memory import ActivationPlanner, block_bytes, gradient_bytes
 from .model_methods import PLANNER
 from .packed_rows import attention_mask
 from .watch import Watch, same
@@ -187,7 +187,9 @@ class Tower:
         if index == 0:
             patches = self.num_blocks * x.shape[:-1].numel()
             recordings.begin(
-                "tower", x, block, lambda: patches * block_bytes(block, x.dtype), round_rows=rounds,
+                "tower", x, block,
+                lambda: patches * block_bytes(block, x.dtype) + self.num_blocks * gradient_bytes(block),
+                round_rows=rounds,
                 is_wanted=not self.planner.spares_recordings(self.num_blocks * x.nbytes, x.device),
             )  # fmt: skip
         if draws_masks(block) or has_foreign_hooks(module):

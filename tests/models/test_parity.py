@@ -25,8 +25,9 @@ FP32_ULP = 2.0**-23
 LOSS_LUCK = 3 / LOSS_BATCHES**0.5
 # Our distance from float64 at most, as a multiple of transformers' own.
 FACTORS = {"whole": 1.1, "median": 1.1, "p95": 1.1, "worst": 2.0, "loss": 1.1}
-# fp32 gradients differ by the order of sums alone, where neither side's order is privileged.
-FP32_WHOLE = 1.25
+# fp32 gradients differ by the order of sums alone, where neither side's order is privileged: two attention backends of
+# transformers are a factor of three apart.
+FP32_FACTORS = {"whole": 1.25, "median": 1.25, "p95": 1.25}
 # Largest whole-gradient error that a LoRA step may have at all, or transformers' own where that is larger.
 BACKSTOP = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -60,7 +61,7 @@ def check(ours, theirs, backstop=None):
     allowed = {name: factor * theirs[name] for name, factor in FACTORS.items()}
     allowed["loss"] = max(allowed["loss"], FP32_ULP)
     if backstop == BACKSTOP[torch.float32]:
-        allowed["whole"] = FP32_WHOLE * theirs["whole"]
+        allowed |= {name: factor * theirs[name] for name, factor in FP32_FACTORS.items()}
     else:
         allowed["loss"] *= 1 + LOSS_LUCK
     if backstop is not None:

@@ -175,6 +175,17 @@ def test_gradients_accumulate(make, device):
     assert_trained_alike(*runs)
 
 
+def test_full_fine_tuning(make, device):
+    """Weights are read where the optimiser changes them."""
+    runs = []
+    for model in make():
+        model.requires_grad_(True)
+        runs.append(train(model, device))
+        assert recorded(model)[0] == planner_of(model).recordings.is_on
+    assert any("q_proj.base_layer.weight" in name for name in runs[0][1][0])
+    assert_trained_alike(*runs)
+
+
 def test_shapes_alternate(make, device):
     batches = [batch(CONFIG, seed=i, device=device, rows=1 + i % 2, length=64 * (1 + i % 3)) for i in range(24)]
     with_recordings, without = make()
