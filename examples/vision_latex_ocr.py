@@ -29,8 +29,8 @@ started = time.perf_counter()
 ON_GPU = torch.cuda.is_available()
 OUTPUT = Path(os.environ.get("FASTLLM_EXAMPLE_OUTPUT", "latex_ocr_output"))
 MODEL = os.environ.get("FASTLLM_EXAMPLE_MODEL")
-BASE_STEPS = int(os.environ.get("FASTLLM_EXAMPLE_BASE_STEPS", "1800" if ON_GPU else "800"))
-STEPS = int(os.environ.get("FASTLLM_EXAMPLE_STEPS", "1400" if ON_GPU else "800"))
+BASE_STEPS = int(os.environ.get("FASTLLM_EXAMPLE_BASE_STEPS", "2400" if ON_GPU else "1600"))
+STEPS = int(os.environ.get("FASTLLM_EXAMPLE_STEPS", "2000" if ON_GPU else "1200"))
 INSTRUCTION = "Write the LaTeX representation for this image."
 
 # %% [markdown]
@@ -41,7 +41,7 @@ INSTRUCTION = "Write the LaTeX representation for this image."
 
 # %%
 if ON_GPU:
-    page, held, count, terms, nested, batch_size = Page(128, 48, font_size=18), 256, 16_000, 2, False, 64
+    page, held, count, terms, nested, batch_size = Page(128, 48, font_size=18), 256, 16_000, 2, False, 40
 else:
     page, held, count, terms, nested, batch_size = Page(64, 32, font_size=12), 64, 1_600, 1, False, 16
 
