@@ -171,7 +171,7 @@ def _token_losses(
                 logits.stride(0), vocab, ignore_index, transform.scale, transform.softcap,
                 HAS_SOFTCAP=transform.softcap != 0, HAS_ENTROPY="entropy" in statistics,
                 HAS_TOP1="is_top1" in statistics, WRITE_GRAD=write_grad, HAS_ROW_SCALE=row_scale is not None,
-                BLOCK=_BLOCK, num_warps=8,
+                BLOCK=_BLOCK, num_warps=16 if statistics else 8,  # statistics take registers
             )  # fmt: skip
     return TokenLosses(nll, entropy, is_top1)
 
