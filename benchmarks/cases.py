@@ -30,6 +30,7 @@ class Case:
     """One training setting. `bits` of the base: 4 (NF4), 16, or 0 for full fine-tuning; `rank` is LoRA's.
 
     `images` gives each sample that many patches of an image. `memory_gib` is all that the process may take of the GPU.
+    `held_to` names an older GPU whose limits are kept (older_gpus.py): its memory, and fp16 where it has no bf16.
     `from_start` counts the memory peak from the start of the process, loading included; elsewhere the peak is that of
     training, after a reset, and the peak of loading stands beside it. With `trainer` the steps are those of TRL's
     SFTTrainer, elsewhere of a plain loop. `seconds` is a generous guess of what a
@@ -44,11 +45,16 @@ class Case:
     rank: int = 16
     images: int = 0
     memory_gib: float = 0.0
+    held_to: str = ""
     from_start: bool = False
     trainer: bool = False
     warmup: int = 3
     steps: int = 10
     seconds: int = 60
+
+    @property
+    def dtype(self) -> str:
+        return "float16" if self.held_to else "bfloat16"
 
     @property
     def work(self) -> tuple:
@@ -71,6 +77,9 @@ CASES: dict[str, Case] = {
     "floor-gemma-9b": Case("gemma-2-9b", batch=1, sequence=512, from_start=True, seconds=80),
     "vl-7b": Case("qwen2.5-vl-7b", batch=1, sequence=195, rank=8, images=320, steps=20, seconds=70),
     "vl-7b-batch-8": Case("qwen2.5-vl-7b", batch=8, sequence=195, rank=8, images=320, steps=20, seconds=70),
+    "vl-7b-t4": Case(
+        "qwen2.5-vl-7b", batch=1, sequence=195, accumulate=4, rank=8, images=320, held_to="t4", from_start=True
+    ),
     "smoke": Case("toy", batch=1, sequence=64, warmup=1, steps=2, seconds=1),
     "smoke-trainer": Case("toy", batch=1, sequence=64, accumulate=4, trainer=True, warmup=1, steps=2, seconds=1),
     "smoke-vl": Case("toy-vl", batch=2, sequence=45, rank=8, images=32, warmup=1, steps=2, seconds=1),
@@ -100,6 +109,7 @@ PLANS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("lora-8b", ("default", "least")),
         ("vl-7b", ("default", "least")),
         ("vl-7b-batch-8", ("default", "least")),
+        ("vl-7b-t4", ("default", "least")),
         ("floor-7b", ("least",)),
         ("floor-13b", ("least",)),
         ("floor-gemma-9b", ("least",)),
@@ -112,6 +122,7 @@ PLANS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("floor-7b", ("least",)),
         ("floor-13b", ("least",)),
         ("floor-gemma-9b", ("least",)),
+        ("vl-7b-t4", ("default", "least")),
         ("qlora-8b-24g", ("default", "least")),
         ("qlora-8b-16g", ("default",)),
         ("qlora-8b-12g", ("default",)),

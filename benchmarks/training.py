@@ -1,4 +1,4 @@
-"""The steps of a case in a plain loop: forward under bf16 autocast, backward, 8-bit AdamW."""
+"""The steps of a case in a plain loop: forward under autocast, backward, 8-bit AdamW; in fp16 with a scaled loss."""
 
 from __future__ import annotations
 
@@ -65,19 +65,23 @@ def train(case: Case, peer: str, model: Any, wait: Callable[[], None]) -> Traine
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_class(peer)(parameters, lr=2e-4, weight_decay=0.01)
     device = parameters[0].device
+    dtype = getattr(torch, case.dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     data = batches(case, model.get_input_embeddings().weight.shape[0], device)
 
     def step(index: int) -> tuple[Any, float]:
         """(loss, norm of the gradients of the first step)"""
         total, norm = 0.0, 0.0
         for micro in range(case.accumulate):
-            with torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.autocast(device.type, dtype=dtype):
                 loss = model(**data[(index + micro) % 2]).loss / case.accumulate
-            loss.backward()
+            scaler.scale(loss).backward()
             total = total + loss.detach()
+        scaler.unscale_(optimizer)
         if index == 0:
             norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return total, norm
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import CASES
+from .older_gpus import hold_to
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -29,6 +30,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if on_gpu and case.memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_gib * 2**30 / total))
+    if on_gpu and case.held_to:
+        hold_to(case.held_to)
 
     def wait() -> None:
         if on_gpu:
@@ -38,7 +41,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return getattr(torch.cuda, f"max_memory_{kind}")() / 2**30 if on_gpu else 0.0
 
     started = time.perf_counter()
-    setting = Setting(options.model, case.bits, case.rank, options.way, case.sequence, vision=case.images > 0)
+    setting = Setting(options.model, case.bits, case.rank, options.way, case.sequence, case.images > 0, case.dtype)
     model, processing_class = load(options.peer, setting)
     wait()
     load_s = time.perf_counter() - started
@@ -64,7 +67,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result = {
         "model": case.model, "bits": case.bits, "rank": case.rank, "batch": case.batch, "sequence": case.sequence,
         "accumulate": case.accumulate, "trainer": case.trainer, "images": case.images, "memory_gib": case.memory_gib,
-        "from_start": case.from_start, "warmup": case.warmup, "steps": case.steps,
+        "held_to": case.held_to, "dtype": case.dtype, "from_start": case.from_start, "warmup": case.warmup,
+        "steps": case.steps,
         "import_s": round(import_s, 2), "load_s": round(load_s, 1), "first_step_s": round(times[0], 2),
         "step_s": round(step_s, 4), "step_s_min": round(min(timed), 4), "step_s_max": round(max(timed), 4),
         "tokens_per_s": round(samples * case.sequence / step_s), "samples_per_s": round(samples / step_s, 3),
