@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,23 @@ OLDER_GPUS = {"t4": OlderGpu((7, 5), 14.741)}
 
 
 def hold_to(name: str) -> None:
-    """Let this process see the GPU as one called so: its memory, its compute capability and with that no bf16 and no
-    tensor cores for Triton, and of torch's attention only the memory-efficient kernel.
+    """Let fastllm see the GPU as one called so: its memory, and its compute capability, by which it has no bf16 and no
+    tensor cores for Triton. Of torch's attention only the memory-efficient kernel is left.
 
-    Nothing may have asked for the GPU's abilities before. cuBLAS still runs its kernels for the GPU that is there.
+    Kernels are still those for the GPU that is there.
     """
     import torch
 
-    gpu = OLDER_GPUS[name]
+    from fastllm import _device
+
+    gpu, seen = OLDER_GPUS[name], _device.device_info
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(gpu.memory_gib * 2**30 / total)
-    torch.cuda.get_device_capability = lambda device=None: gpu.capability
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def device_info(kind: str, index: int = 0) -> _device.Device:
+        limits = {"capability": gpu.capability, "total_bytes": int(gpu.memory_gib * 2**30)}
+        return replace(seen(kind, index), **limits, has_bf16=False, has_tensor_core_dot=False)
+
+    _device.device_info = device_info

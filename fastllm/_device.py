@@ -69,6 +69,16 @@ def device_info(kind: str, index: int = 0) -> Device:
     return Device("cpu", 0, "CPU", (0, 0), _host_bytes(), True, False)
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """CUDA's (major, minor) of one device, (0, 0) elsewhere."""
+    import torch
+
+    index = device.index
+    if index is None and device.type == "cuda":
+        index = torch.cuda.current_device()
+    return device_info(device.type, index or 0).capability
+
+
 def default_device() -> Device:
     """The device that a model is loaded on when nobody says otherwise: this process's accelerator, else the CPU."""
     import torch

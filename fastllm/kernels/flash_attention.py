@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .._device import capability_of
 from .dispatch import jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .documents import Documents
 from .soft_cap import soft_capped
@@ -46,7 +47,7 @@ def flash_attention_serves(q: torch.Tensor, dropout: float) -> bool:
     """Whether this kernel can run for queries `q`: it needs tensor cores that Triton knows, and knows no dropout."""
     if dropout or q.shape[-1] > MAX_HEAD_DIM.get(q.dtype, 0) or not use_triton(q):
         return False
-    return not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return not q.is_cuda or capability_of(q.device) >= (8, 0)
 
 
 def flash_attention_forward(

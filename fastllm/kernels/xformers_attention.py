@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .._device import capability_of
 from .._notices import notice, warn
 
 # Compute capabilities that its kernels cover; later ones have torch's own flash and cuDNN kernels.
@@ -57,7 +58,7 @@ def xformers_runs(device: torch.device, dtype: torch.dtype) -> bool:
 
 def xformers_serves(q: torch.Tensor, dropout: float) -> bool:
     """Whether a case of CUDA queries `q`, fp16 or bf16, can run through xformers here."""
-    capability = torch.cuda.get_device_capability(q.device)
+    capability = capability_of(q.device)
     lowest, highest = _CAPABILITIES
     is_covered = lowest <= capability <= highest and (q.dtype == torch.float16 or capability >= (8, 0))
     if dropout or not is_covered or not xformers_runs(q.device, q.dtype):

@@ -1,10 +1,12 @@
 """Fixtures of the kernel tests: every implementation in every dtype, and memory that betrays what nobody wrote."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastllm import _device
 from fastllm.kernels import projections
 
 from .parity import Setting
@@ -62,3 +64,8 @@ def narrow_extension(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> N
     """Spares Triton's interpreter the padding rows of A, most of its time where LoRA is not the point."""
     if device.type == "cpu":
         monkeypatch.setattr(projections, "EXTENSION_MULTIPLE", 8)
+
+
+def see_capability(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    """Let fastllm take every device for an NVIDIA GPU of this compute capability."""
+    monkeypatch.setattr(_device, "device_info", lambda kind, index=0: SimpleNamespace(capability=(major, minor)))

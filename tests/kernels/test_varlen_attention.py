@@ -13,7 +13,7 @@ from fastllm.kernels.varlen_attention import varlen_backward, varlen_forward
 
 from ..planting import Bug, plant
 from . import eager
-from .conftest import DTYPES
+from .conftest import DTYPES, see_capability
 from .parity import OverLimit, Setting, run, wide
 from .test_attention import NARROWED, check_narrowed, narrowed
 
@@ -73,12 +73,16 @@ def ampere(monkeypatch):
     for kernel in ("flash", "cudnn", "efficient"):
         monkeypatch.setattr(torch.backends.cuda, f"can_use_{kernel}_attention", lambda params: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    see_capability(monkeypatch, 8, 0)
 
     def tensors(dtype=torch.bfloat16, width=64, length=32, heads=8):
         return [
             types.SimpleNamespace(
-                is_cuda=True, is_xpu=False, dtype=dtype, shape=torch.Size((1, n, length, width)), device="cpu"
+                is_cuda=True,
+                is_xpu=False,
+                dtype=dtype,
+                shape=torch.Size((1, n, length, width)),
+                device=torch.device("cpu"),
             )
             for n in (heads, 2, 2)
         ]

@@ -14,7 +14,7 @@ from fastllm.kernels.xformers_attention import xformers_ops, xformers_runs
 
 from ..planting import Bug, plant
 from . import eager
-from .conftest import DTYPES
+from .conftest import DTYPES, see_capability
 from .parity import OverLimit, Setting
 from .test_attention import SHAPES, check_two_functions
 
@@ -82,7 +82,7 @@ def turing(monkeypatch):
     for name, answer in {"flash": False, "cudnn": False, "efficient": True}.items():
         monkeypatch.setattr(torch.backends.cuda, f"can_use_{name}_attention", lambda params, answer=answer: answer)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    see_capability(monkeypatch, 7, 5)
 
     def tensors(dtype: torch.dtype = torch.float16, head_dim: int = 64) -> list:
         shapes = [torch.Size((1, n, 32, head_dim)) for n in (8, 2, 2)]
@@ -112,9 +112,9 @@ def test_left_alone_where_it_does_not_serve(turing, double, monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert choose_backend(*turing(), case) == "efficient"
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    see_capability(monkeypatch, 12, 0)
     assert choose_backend(*turing(), case) == "efficient"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    see_capability(monkeypatch, 8, 0)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: True)
     assert choose_backend(*turing(), case) == "flash"
 
