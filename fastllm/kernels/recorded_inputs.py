@@ -31,6 +31,7 @@ class SharedInputs:
         self._copies: list[SharedTensor] = []
         self._handed: dict[int, torch.Tensor] = {}
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
+        self._gradients: list[torch.Tensor] = []
 
     def copies_of(self, call: Any, given_rows: int) -> list[SharedTensor]:
         """Copies of the call's tensors, in the order of `tensors_of`."""
@@ -63,6 +64,18 @@ class SharedInputs:
         if known is None or known.numel() < numel:
             known = self._scratch[dtype] = torch.empty(numel, dtype=dtype, device=device)
         return known[:numel]
+
+    def gradient(self, like: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        """Memory for a gradient that the layer before reads, and nobody after it: other than that of `beside`, the
+        gradient which it is made of. So two serve all layers, one after the other."""
+        for known in self._gradients:
+            is_alike = known.shape == like.shape and known.dtype == like.dtype
+            if is_alike and known.data_ptr() != beside.data_ptr():
+                return known
+        made = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self._gradients.append(made)
+        self.hand_on(made)
+        return made
 
     def fixed(self, x: torch.Tensor) -> torch.Tensor:
         """Where a recording shall read what is in `x` now: where it is handed on, else a copy."""

@@ -122,7 +122,7 @@ class RecordedPass:
         return self._y
 
     def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradients of x, overwritten by the next backward, and of the trained parameters, which are not."""
+        """Gradients of x, overwritten by a later backward of any of these layers, and of the trained parameters, which are not."""
         rows = dy.shape[-2]
         if self._replay_backward is None or self._dy is None:
             self._dy = self._shared.fixed(dy)
@@ -130,8 +130,6 @@ class RecordedPass:
                 self._dx, self._replay_backward = self._record(self._run_backward)
             except RuntimeError as failure:
                 return self._without_recording(dy, failure)
-            for dx in self._dx:
-                self._shared.hand_on(dx)
         elif dy.data_ptr() != self._dy.data_ptr():
             first_rows(self._dy, rows).copy_(dy)
             if rows < self._dy.shape[-2]:
@@ -176,7 +174,7 @@ class RecordedPass:
         if self._grads is None:
             self._grads = _FlatTensors(written, self._shared)
         self._grads.write(written)
-        return [] if dx is None else [dx]
+        return [] if dx is None else [self._shared.gradient(dx, beside=self._dy).copy_(dx)]
 
 
 class _Ticket:

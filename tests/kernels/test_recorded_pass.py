@@ -46,3 +46,18 @@ def test_gradients_are_those_of_the_given_rows(lengths):
         expected = torch.autograd.grad(x * weight, (x, weight), upstream)
         torch.testing.assert_close(y, x * weight, rtol=0, atol=0)
         torch.testing.assert_close(found, expected)
+
+
+def test_gradients_pass_from_layer_to_layer_through_two_buffers():
+    weights = [torch.randn(4, requires_grad=True) for _ in range(5)]
+    shared, recorded = SharedInputs(), []
+    for step in range(3):
+        x, upstream = torch.randn(ROWS, 4, requires_grad=True), torch.randn(ROWS, 4)
+        y, expected = x, x
+        for index, weight in enumerate(weights):
+            if step == 0:
+                recorded.append(RecordedPass(Scaling(weight), y, call_of(ROWS), [weight], shared, repeat))
+            y, expected = recorded[index](y, call_of(ROWS)), expected * weight
+        found = torch.autograd.grad(y, (x, *weights), upstream)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, (x, *weights), upstream))
+    assert len({gradient.data_ptr() for one in recorded for gradient in one._dx}) == 2
