@@ -29,19 +29,19 @@ started = time.perf_counter()
 ON_GPU = torch.cuda.is_available()
 OUTPUT = Path(os.environ.get("FASTLLM_EXAMPLE_OUTPUT", "latex_ocr_output"))
 MODEL = os.environ.get("FASTLLM_EXAMPLE_MODEL")
-BASE_STEPS = int(os.environ.get("FASTLLM_EXAMPLE_BASE_STEPS", "2400" if ON_GPU else "1600"))
-STEPS = int(os.environ.get("FASTLLM_EXAMPLE_STEPS", "2000" if ON_GPU else "1200"))
+BASE_STEPS = int(os.environ.get("FASTLLM_EXAMPLE_BASE_STEPS", "1400" if ON_GPU else "1600"))
+STEPS = int(os.environ.get("FASTLLM_EXAMPLE_STEPS", "1300" if ON_GPU else "1200"))
 INSTRUCTION = "Write the LaTeX representation for this image."
 
 # %% [markdown]
 # ## Pictures of formulas
 #
-# On a GPU up to two terms, on a CPU a single one: fractions, roots, powers, indices, functions of symbols. Those held
-# out are in no training, neither of the base nor of the fine-tune.
+# Fractions, roots, powers, indices, functions of symbols: one term each. A GPU gets larger pictures, and more of them.
+# Those held out are in no training, neither of the base nor of the fine-tune.
 
 # %%
 if ON_GPU:
-    page, held, count, terms, nested, batch_size = Page(128, 48, font_size=18), 256, 16_000, 2, False, 40
+    page, held, count, terms, nested, batch_size = Page(96, 48, font_size=18), 256, 1_800, 1, False, 48
 else:
     page, held, count, terms, nested, batch_size = Page(64, 32, font_size=12), 64, 1_600, 1, False, 16
 
@@ -63,11 +63,11 @@ if MODEL is None:
     MODEL, learning_rate = str(OUTPUT / "base"), 2e-3  # small models take larger steps
     # Symbols one by one come first, then formulas of more and more terms: a tower that begins with formulas takes far
     # longer to find out what there is to see. Text without pictures comes last, for the same reason.
-    few = min(1_600, batch_size * BASE_STEPS)
+    few = min(count, batch_size * BASE_STEPS)
     courses = [distinct(n * n * few, 2 + n, terms=n, nested=False, without=excluded) for n in range(1, terms + 1)]
     lessons = [(16 * symbols(), min(200, BASE_STEPS)), *((course, BASE_STEPS // terms) for course in courses)]
     lessons.append((courses[-1], BASE_STEPS // 8 + 1))
-    width, layers = (384, 4) if ON_GPU else (128, 2)
+    width, layers = (256, 4) if ON_GPU else (128, 2)
     losses["base: reading aloud"] = make_base(
         Path(MODEL), lessons, page, width=width, layers=layers, batch_size=batch_size
     )
