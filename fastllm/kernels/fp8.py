@@ -8,7 +8,8 @@ A weight is scaled by output channel, which is dX's inner dimension: its scales 
 byte a weight serves both products, and the gradient is that of the weights that the forward used. Scales are powers of
 two, so scaling and folding are exact and only the rounding to e4m3 is an error: at most 2^-4 of a value that is larger
 than 2^-15 of its row's largest, 2.5 % on average, 3.6 % of a product of two matrices (in the L2 norm). Gradients are
-e4m3 as well: under a scale for each row they need e5m2's range less than the bit that it costs.
+e4m3 as well: under a scale for each row they need e5m2's range less than the bit that it costs. Tensor cores read FP8
+along the inner dimension only, so the payload of a weight is transposed for dX: each time, or once where it is kept.
 
 Shapes: X [T, K], W [N, K], dY [T, N]; scales [rows]. K and N are multiples of 16.
 Dtypes: payloads float8_e4m3fn, scales fp32, sums fp32; results in bf16 from a GPU, in any dtype from the reference.
@@ -16,7 +17,7 @@ Rows that hold a NaN or an infinity become NaN. Source: Micikevicius et al., "FP
 arXiv 2209.05433; row-wise scales: torchao's float8 recipes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,10 +34,12 @@ _TILE = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fp8Matrix:
-    """`values` float8_e4m3fn [R, C] and `scales` fp32 [R], whose product, row by row, is the matrix."""
+    """`values` float8_e4m3fn [R, C] and `scales` fp32 [R], whose product, row by row, is the matrix. `transposed` holds
+    the values as [C, R] too, where a matrix is there for longer than one product."""
 
     values: torch.Tensor
     scales: torch.Tensor
+    transposed: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, rows: int, columns: int, device: torch.device) -> "Fp8Matrix":
@@ -48,7 +51,11 @@ class Fp8Matrix:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        held = self.values.nbytes + self.scales.nbytes
+        return held if self.transposed is None else held + self.transposed.nbytes
+
+    def with_transposed(self) -> "Fp8Matrix":
+        return replace(self, transposed=transposed_values(self))
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         return self.values.to(dtype) * self.scales.to(dtype)[:, None]
@@ -98,7 +105,8 @@ def fp8_input_grad(dy: torch.Tensor, weight: Fp8Matrix) -> torch.Tensor:
     """dY W [T, K] of `dy [T, N]` and `weight [N, K]`."""
     folded = quantize_rows(dy, factors=weight.scales)
     ones = torch.ones(weight.values.shape[1], dtype=torch.float32, device=dy.device)
-    return scaled_matmul(folded, Fp8Matrix(transposed_values(weight), ones), dy.dtype)
+    transposed = transposed_values(weight) if weight.transposed is None else weight.transposed
+    return scaled_matmul(folded, Fp8Matrix(transposed, ones), dy.dtype)
 
 
 def scaled_matmul(
@@ -130,8 +138,7 @@ def scaled_matmul_reference(left: Fp8Matrix, right: Fp8Matrix, dtype: torch.dtyp
 
 
 def transposed_values(matrix: Fp8Matrix) -> torch.Tensor:
-    """A contiguous copy [C, R] of the transpose of a matrix's values [R, C]: tensor cores read FP8 along the inner
-    dimension only."""
+    """A contiguous copy [C, R] of the transpose of a matrix's values [R, C]."""
     values = matrix.values
     rows, columns = values.shape
     if not use_triton(matrix.scales) or values.numel() == 0:

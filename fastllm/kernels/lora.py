@@ -311,7 +311,7 @@ def _joined_weights(
 
 
 def _fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None) -> Fp8Matrix:
-    """W [N, K] in FP8."""
+    """W [N, K] in FP8; with its transpose where both stay."""
     known, remember = _kept_form(group, dtype, kept)
     fp8 = Fp8Matrix.empty(group.out_features, group.in_features, device) if known is None else known
     for rows, projection in zip(group.row_slices, group.projections, strict=True):
@@ -319,6 +319,8 @@ def _fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.devic
             quantize_rows(projection.weight.detach(), out=fp8.rows(rows))
         elif known is None:
             quantize_rows(dequantize_nf4(projection.weight, dtype), out=fp8.rows(rows))
+    if known is None and kept is not None and group.is_packed:
+        fp8 = fp8.with_transposed()
     remember(fp8)
     return fp8
 

@@ -76,6 +76,11 @@ class ProjectionGroup:
         weight = self.projections[0].weight
         return weight.compute_dtype if isinstance(weight, Nf4Weight) else weight.dtype
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether all weights are 4-bit."""
+        return all(projection.is_packed for projection in self.projections)
+
     def parameters(self) -> list[torch.Tensor | None]:
         """`PARAMETERS_PER_PROJECTION` entries a projection; the order of the gradients of `project_backward`."""
         return [parameter for projection in self.projections for parameter in projection.parameters()]
@@ -84,8 +89,8 @@ class ProjectionGroup:
         """What `prepare` holds from call to call where it is given something to keep it in."""
         if not any(projection.is_packed for projection in self.projections):
             return 0
-        if self.is_fp8:
-            return self.out_features * (self.in_features + 4)
+        if self.is_fp8:  # the values, as they are and, unless a dense part changes them, transposed; and the scales
+            return self.out_features * (self.in_features * (1 + self.is_packed) + 4)
         return (self.out_features + self.extension) * (self.in_features + self.extension) * dtype.itemsize
 
     def input_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 
 from ..planting import Bug
-from .test_fp8 import check_factors, check_products, check_quantize, check_transposed
+from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_transposed
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
 
@@ -46,7 +46,7 @@ FP8 = {
     "weight_scales_not_in_the_gradient": Bug("quantize_rows(dy, factors=weight.scales)", "quantize_rows(dy)",
                                              checks(check_products, on="reference")),
     "weight_scales_twice_in_the_gradient": Bug(
-        "Fp8Matrix(transposed_values(weight), ones)", "Fp8Matrix(transposed_values(weight), ones * weight.scales[0])",
+        "Fp8Matrix(transposed, ones)", "Fp8Matrix(transposed, ones * weight.scales[0])",
         checks(check_products, on="reference"),
     ),
     "scales_of_the_input_ignored": Bug("left.dequantized(wide) @", "left.values.to(wide) @",
@@ -54,10 +54,20 @@ FP8 = {
     "tiles_not_transposed": Bug("tl.trans(tile)", "tile", checks(check_transposed, 64, 64)),
 }  # fmt: skip
 
+LORA = {
+    "transposed_weight_goes_stale": Bug("kept is not None and group.is_packed", "kept is not None",
+                                        checks(check_kept, ("nf4", "dense"), on="reference")),
+}  # fmt: skip
+PROJECTIONS = {
+    "transposed_weight_is_not_counted": Bug("(self.in_features * (1 + self.is_packed) + 4)", "(self.in_features + 4)",
+                                            checks(check_kept, ("nf4", "nf4"), on="reference")),
+}  # fmt: skip
+BUGS = {"kept_weights": KEPT_WEIGHTS, "fp8": FP8, "lora": LORA, "projections": PROJECTIONS}
+
 
 @pytest.mark.parametrize(("module", "bug"), [
     pytest.param(module, bug, id=f"{module}-{name}")
-    for module, bugs in {"kept_weights": KEPT_WEIGHTS, "fp8": FP8}.items() for name, bug in bugs.items()
+    for module, bugs in BUGS.items() for name, bug in bugs.items()
 ])  # fmt: skip
 def test_planted_bug_is_noticed(module, bug, device, monkeypatch, tmp_path):
     check_noticed(module, bug, device, monkeypatch, tmp_path)
