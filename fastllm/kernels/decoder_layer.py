@@ -187,11 +187,11 @@ def _activations(
 
     extended = layer.qkv.input_buffer(rows, dtype)
     hidden = extended[:, : layer.qkv.in_features]
-    norm = layer.input_norm
-    _, _, input_rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=hidden)
-    qkv, qkv_low_rank, qkv_masks = project(weights.take("qkv"), hidden, extended=extended)
+    norm, fp8 = layer.input_norm, layer.qkv.fp8_input(rows)
+    _, _, input_rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=hidden, fp8=fp8)
+    qkv, qkv_low_rank, qkv_masks = project(weights.take("qkv"), hidden, extended=extended, fp8=fp8)
     qkv_low_rank = _detached_copy(qkv_low_rank, needs_backward)
-    del extended, hidden
+    del extended, hidden, fp8
 
     qkv_raw, query_rstd, key_rstd = qkv, None, None
     if layer.query_norm is not None and layer.key_norm is not None:
@@ -207,17 +207,17 @@ def _activations(
     if layer.attention_out_norm is not None:
         attention_out = projected
         projected, attention_out_rstd = _normed(attention_out, layer.attention_out_norm, rows.dtype)
-    norm = layer.post_norm
+    norm, fp8 = layer.post_norm, layer.gate_up.fp8_input(rows)
     extended = layer.gate_up.input_buffer(rows, dtype)
     hidden = extended[:, : layer.gate_up.in_features]
     _, middle, middle_rstd = rms_norm_forward(
-        rows, norm.weight, norm.eps, offset=norm.offset, residual=projected.to(rows.dtype), out=hidden
+        rows, norm.weight, norm.eps, offset=norm.offset, residual=projected.to(rows.dtype), out=hidden, fp8=fp8
     )
     del projected
     # The spare columns let the backward overlay the gradient of gate and up on their values.
     gate_up = layer.gate_up.output_buffer(rows, dtype)
     _, gate_up_low_rank, gate_up_masks = project(
-        weights.take("gate_up"), hidden, extended=extended, out=gate_up[:, : layer.gate_up.out_features]
+        weights.take("gate_up"), hidden, extended=extended, fp8=fp8, out=gate_up[:, : layer.gate_up.out_features]
     )
     return _Activations(
         x=rows, input_rstd=input_rstd, qkv_raw=qkv_raw if query_rstd is not None else None, query_rstd=query_rstd,

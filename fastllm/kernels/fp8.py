@@ -96,9 +96,13 @@ def quantize_rows_reference(x: torch.Tensor, factors: torch.Tensor | None = None
     return (wide / scales[:, None]).to(DTYPE), scales
 
 
-def fp8_linear(x: torch.Tensor, weight: Fp8Matrix, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """X W^T [T, N] of `x [T, K]` and `weight [N, K]`, in `out` where given (contiguous)."""
-    return scaled_matmul(quantize_rows(x), weight, x.dtype, out=out, fast_accumulation=True)
+def fp8_linear(
+    x: torch.Tensor, weight: Fp8Matrix, *, quantized: Fp8Matrix | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """X W^T [T, N] of `x [T, K]` and `weight [N, K]`, in `out` where given (contiguous). `quantized` is x in FP8, where
+    whoever made it did that too."""
+    quantized = quantize_rows(x) if quantized is None else quantized
+    return scaled_matmul(quantized, weight, x.dtype, out=out, fast_accumulation=True)
 
 
 def fp8_input_grad(dy: torch.Tensor, weight: Fp8Matrix) -> torch.Tensor:
@@ -163,23 +167,37 @@ def _quantize_rows_kernel(
     x = tl.load(x_ptr + row * x_stride + cols, mask=live, other=0.0).to(tl.float32)
     if HAS_FACTORS:
         x *= tl.load(factors_ptr + cols, mask=live, other=0.0, eviction_policy="evict_last")  # every row reads them
-    # As integers, magnitudes keep their order, and NaN and infinity come last.
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    scale, reciprocal = row_scale(tl.max(magnitude_bits(x), axis=0))
+    tl.store(values_ptr + row * values_stride + cols, e4m3_bits(x * reciprocal), mask=live)
+    tl.store(scales_ptr + row, scale)
+
+
+@jit
+def magnitude_bits(x):
+    """|x| of fp32 numbers as integers, which keep the order; NaN and infinity come last."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def row_scale(largest):
+    """(scale, 1 / scale) in fp32 of rows whose largest value has the `magnitude_bits` that are given."""
     # 0x600000 is the mantissa of 7/8: up to it, 448 = 7/8 2^9 reaches; the reciprocal has to be a normal number too.
     exponent = (largest >> 23) - 8 + tl.where((largest & 0x7FFFFF) > 0x600000, 1, 0)
     exponent = tl.where(largest == 0, 127, tl.maximum(exponent, 1))
     scale = tl.where(largest < 0x7F800000, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True)
-    x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    # Rounded to nearest even by integers: as fast as the memory, and the same on every target and in the interpreter.
-    bits = x.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    magnitude = bits & 0x7FFFFFFF
+    return scale, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def e4m3_bits(x):
+    """fp32 numbers of up to 448 rounded to e4m3, as its bits in uint8."""
+    # To nearest even by integers: as fast as the memory, and the same on every target and in the interpreter.
+    magnitude = magnitude_bits(x)
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
     # Below 2^-6 the step is 2^-9: adding 2^23 steps leaves their number in the last bits.
     steps = (tl.abs(x) * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
-    value = tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign
-    tl.store(values_ptr + row * values_stride + cols, value.to(tl.uint8), mask=live)
-    tl.store(scales_ptr + row, scale)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign).to(tl.uint8)
 
 
 @jit

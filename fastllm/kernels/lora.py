@@ -111,11 +111,13 @@ def project(
     x: torch.Tensor,
     *,
     extended: torch.Tensor | None = None,
+    fp8: Fp8Matrix | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """The joined output of rows `x [T, K]`, outside autograd.
 
-    `extended` is the buffer of `input_buffer` whose left part x is; its right part is overwritten.
+    `extended` is the buffer of `input_buffer` whose left part x is; its right part is overwritten. `fp8` is x in
+    FP8, for a group that multiplies so, where that is known already.
     Returns: (y [T, N], x A^T [T, E] or None, dropout masks); the last two are what the backward needs besides x.
     """
     group = prepared.group
@@ -124,7 +126,7 @@ def project(
     beside = None if extended is None or group.is_fp8 else extended[:, group.in_features :]
     low_rank = low_rank_input(prepared, x, masks, out=beside)
     if prepared.fp8 is not None:
-        fp8_linear(x, prepared.fp8, out=y)
+        fp8_linear(x, prepared.fp8, quantized=fp8, out=y)
         if prepared.bias is not None:
             y += prepared.bias
         if low_rank is not None and prepared.b is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .fp8 import MULTIPLE
+from .fp8 import MULTIPLE, Fp8Matrix
 from .nf4 import Nf4Weight
 
 # Columns of the extension are padded to this multiple: narrower ones fall off cuBLAS's fast kernels on wide outputs.
@@ -96,6 +96,10 @@ class ProjectionGroup:
     def input_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, K + E]` whose left part takes the input, for the extended product; its contents are undefined."""
         return _finite_buffer(like.shape[0], self.in_features + self._spare_columns, dtype, like.device)
+
+    def fp8_input(self, like: torch.Tensor) -> Fp8Matrix | None:
+        """Where whoever makes the input `[T, K]` leaves it in FP8 as well; None where nobody reads that."""
+        return Fp8Matrix.empty(like.shape[0], self.in_features, like.device) if self.is_fp8 else None
 
     def output_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, N + E]` whose left part takes the output, or its gradient; its contents are undefined."""

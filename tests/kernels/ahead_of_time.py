@@ -26,7 +26,7 @@ from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backw
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
-from fastllm.kernels.fp8 import quantize_rows, transposed_values
+from fastllm.kernels.fp8 import Fp8Matrix, quantize_rows, transposed_values
 from fastllm.kernels.glu import glu, glu_backward
 from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
@@ -67,6 +67,9 @@ def launches(dtype: torch.dtype) -> None:
         x, weight = new(ROWS, width, requires_grad=True), new(width, requires_grad=True)
         rms_norm(x, weight, 1e-5).sum().backward()
         _, total, rstd = rms_norm_forward(x.detach(), weight.detach(), 1e-5, residual=new(ROWS, width))
+        for residual in (None, new(ROWS, width)):
+            fp8 = Fp8Matrix.empty(ROWS, width, x.device)
+            rms_norm_forward(x.detach(), weight.detach(), 1e-5, residual=residual, fp8=fp8)
         rms_norm_backward(new(ROWS, width), total, weight.detach(), rstd, 1e-5, residual_grad=new(ROWS, width))
     for width in (1152, 1280, 4096):  # of vision towers
         x, weight, bias = (new(*shape, requires_grad=True) for shape in ((ROWS, width), (width,), (width,)))

@@ -1,11 +1,13 @@
 """What the tests of FP8 products and kept weights notice: bugs planted in them, as in `test_planted_bugs.py`."""
 
 import pytest
+import torch
 
 from ..planting import Bug
 from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_transposed
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
+from .test_rms_norm import check_fp8
 
 KEPT_WEIGHTS = {
     "writes_go_unnoticed": Bug(
@@ -35,7 +37,7 @@ FP8 = {
     ),
     "half_a_range_wasted": Bug("(largest & 0x7FFFFF) > 0x600000", "(largest & 0x7FFFFF) > 0", checks(check_quantize)),
     "ties_rounded_up": Bug("0x7FFFF + ((magnitude >> 20) & 1)", "0x80000", checks(check_quantize)),
-    "sign_lost": Bug("tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign",
+    "sign_lost": Bug("(tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign)",
                      "tl.where(magnitude < (127 - 6) << 23, steps, normal)", checks(check_quantize)),
     "small_values_lost": Bug("magnitude < (127 - 6) << 23, steps,", "magnitude < (127 - 6) << 23, 0,",
                              checks(check_quantize)),
@@ -62,7 +64,17 @@ PROJECTIONS = {
     "transposed_weight_is_not_counted": Bug("(self.in_features * (1 + self.is_packed) + 4)", "(self.in_features + 4)",
                                             checks(check_kept, ("nf4", "nf4"), on="reference")),
 }  # fmt: skip
-BUGS = {"kept_weights": KEPT_WEIGHTS, "fp8": FP8, "lora": LORA, "projections": PROJECTIONS}
+RMS_NORM = {
+    "quantised_before_it_is_rounded": Bug(
+        "y = y.to(tl.float32)\n", "y = x * rstd[:, None] * w[None, :]\n",
+        checks(check_fp8, 33, 257, dtype=torch.float16),
+    ),
+    "one_scale_for_all_rows": Bug("magnitude_bits(y), axis=1", "magnitude_bits(tl.max(y, axis=0)[None, :]), axis=1",
+                                  checks(check_fp8, 33, 64)),
+    "reference_quantises_the_input": Bug("quantize_rows(y, out=fp8)", "quantize_rows(x, out=fp8)",
+                                         checks(check_fp8, 33, 64, on="reference")),
+}  # fmt: skip
+BUGS = {"rms_norm": RMS_NORM, "kept_weights": KEPT_WEIGHTS, "fp8": FP8, "lora": LORA, "projections": PROJECTIONS}
 
 
 @pytest.mark.parametrize(("module", "bug"), [
