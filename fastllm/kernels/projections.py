@@ -97,6 +97,11 @@ class ProjectionGroup:
         """A `[T, K + E]` whose left part takes the input, for the extended product; its contents are undefined."""
         return _finite_buffer(like.shape[0], self.in_features + self._spare_columns, dtype, like.device)
 
+    @property
+    def has_separate_term(self) -> bool:
+        """Whether LoRA's term can be left out of the large products, for whoever reads those to add."""
+        return self.is_fp8 and self.extension > 0 and not self.has_dropout
+
     def fp8_input(self, like: torch.Tensor) -> Fp8Matrix | None:
         """Where whoever makes the input `[T, K]` leaves it in FP8 as well; None where nobody reads that."""
         return Fp8Matrix.empty(like.shape[0], self.in_features, like.device) if self.is_fp8 else None

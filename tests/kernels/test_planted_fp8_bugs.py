@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ..planting import Bug
-from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_transposed
+from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_separate_terms, check_transposed
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
+from .test_low_rank_glu import check_low_rank_glu, check_terms
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
 from .test_rms_norm import check_fp8
 
@@ -74,7 +75,40 @@ RMS_NORM = {
     "reference_quantises_the_input": Bug("quantize_rows(y, out=fp8)", "quantize_rows(x, out=fp8)",
                                          checks(check_fp8, 33, 64, on="reference")),
 }  # fmt: skip
-BUGS = {"rms_norm": RMS_NORM, "kept_weights": KEPT_WEIGHTS, "fp8": FP8, "lora": LORA, "projections": PROJECTIONS}
+LOW_RANK_GLU = {
+    "term_of_up_is_gates": Bug(
+        "up = _with_term(up, up_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,\n"
+        "                    rows, cols, num_rows, width, HAS_UP, PRECISION)  # fmt: skip\n    acted, _ =",
+        "up = _with_term(up, gate_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,\n"
+        "                    rows, cols, num_rows, width, HAS_UP, PRECISION)  # fmt: skip\n    acted, _ =",
+        checks(check_low_rank_glu, 5, 40),
+    ),
+    "scaling_ignored": Bug("(right.to(tl.float32) * scaling)", "right.to(tl.float32)",
+                           checks(check_low_rank_glu, 5, 40)),
+    "only_sixteen_ranks": Bug("range(0, rank, 16)", "range(0, 1, 16)",
+                              checks(check_low_rank_glu, 5, 40, ranks=(17, 33, 20))),
+    "scaling_ignored_in_the_reference": Bug("(self.right * self.scaling)", "self.right",
+                                            checks(check_low_rank_glu, 5, 40, on="reference")),
+    "ranks_of_another_projection": Bug("LowRankTerm(low_rank[:, ranks], right.t())",
+                                       "LowRankTerm(low_rank[:, : right.shape[1]], right.t())",
+                                       checks(check_terms, on="reference")),
+}  # fmt: skip
+DECODER_LAYER = {
+    "term_of_hidden_forgotten": Bug("terms = _term_of_hidden(layer, dy_low_rank), *", "terms = None, *",
+                                    checks(check_separate_terms, on="reference")),
+    "terms_of_the_output_forgotten": Bug("layer.activation, *_terms_of_gate_and_up(layer, state), out=hidden",
+                                         "layer.activation, None, None, out=hidden",
+                                         checks(check_separate_terms, on="reference")),
+}  # fmt: skip
+BUGS = {
+    "low_rank_glu": LOW_RANK_GLU,
+    "decoder_layer": DECODER_LAYER,
+    "rms_norm": RMS_NORM,
+    "kept_weights": KEPT_WEIGHTS,
+    "fp8": FP8,
+    "lora": LORA,
+    "projections": PROJECTIONS,
+}
 
 
 @pytest.mark.parametrize(("module", "bug"), [
