@@ -38,6 +38,7 @@ from .lora import (
     parameter_grads,
     project,
 )
+from .low_rank_glu import LowRankTerm, input_term, low_rank_glu_backward, low_rank_glu_forward, output_term
 from .random_state import random_state, replayed
 from .rms_norm import rms_norm_backward, rms_norm_forward
 from .rope import rope_apply
@@ -62,7 +63,7 @@ class _Activations:
     attention_out_rstd: torch.Tensor | None
     middle: torch.Tensor  # a, the residual stream after attention
     middle_rstd: torch.Tensor
-    gate_up: torch.Tensor | None  # freed as soon as its gradient is known
+    gate_up: torch.Tensor | None  # freed as soon as its gradient is known; without LoRA's term where that is separate
     gate_up_low_rank: torch.Tensor | None
     gate_up_masks: list[torch.Tensor | None]
     down_low_rank: torch.Tensor | None = None
@@ -187,11 +188,11 @@ def _activations(
 
     extended = layer.qkv.input_buffer(rows, dtype)
     hidden = extended[:, : layer.qkv.in_features]
-    norm = layer.input_norm
-    _, _, input_rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=hidden)
-    qkv, qkv_low_rank, qkv_masks = project(weights.take("qkv"), hidden, extended=extended)
+    norm, fp8 = layer.input_norm, layer.qkv.fp8_input(rows)
+    _, _, input_rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=hidden, fp8=fp8)
+    qkv, qkv_low_rank, qkv_masks = project(weights.take("qkv"), hidden, extended=extended, fp8=fp8)
     qkv_low_rank = _detached_copy(qkv_low_rank, needs_backward)
-    del extended, hidden
+    del extended, hidden, fp8
 
     qkv_raw, query_rstd, key_rstd = qkv, None, None
     if layer.query_norm is not None and layer.key_norm is not None:
@@ -207,24 +208,27 @@ def _activations(
     if layer.attention_out_norm is not None:
         attention_out = projected
         projected, attention_out_rstd = _normed(attention_out, layer.attention_out_norm, rows.dtype)
-    norm = layer.post_norm
+    norm, fp8 = layer.post_norm, layer.gate_up.fp8_input(rows)
     extended = layer.gate_up.input_buffer(rows, dtype)
     hidden = extended[:, : layer.gate_up.in_features]
     _, middle, middle_rstd = rms_norm_forward(
-        rows, norm.weight, norm.eps, offset=norm.offset, residual=projected.to(rows.dtype), out=hidden
+        rows, norm.weight, norm.eps, offset=norm.offset, residual=projected.to(rows.dtype), out=hidden, fp8=fp8
     )
     del projected
     # The spare columns let the backward overlay the gradient of gate and up on their values.
     gate_up = layer.gate_up.output_buffer(rows, dtype)
     _, gate_up_low_rank, gate_up_masks = project(
-        weights.take("gate_up"), hidden, extended=extended, out=gate_up[:, : layer.gate_up.out_features]
-    )
+        weights.take("gate_up"), hidden, extended=extended, fp8=fp8, out=gate_up[:, : layer.gate_up.out_features],
+        leaves_term=True,
+    )  # fmt: skip
+    if not layer.gate_up.has_separate_term:
+        gate_up_low_rank = _detached_copy(gate_up_low_rank, needs_backward)
     return _Activations(
         x=rows, input_rstd=input_rstd, qkv_raw=qkv_raw if query_rstd is not None else None, query_rstd=query_rstd,
         key_rstd=key_rstd, qkv=qkv, qkv_low_rank=qkv_low_rank, qkv_masks=qkv_masks, attention=attended,
         output_low_rank=output_low_rank, output_masks=output_masks, attention_out=attention_out,
         attention_out_rstd=attention_out_rstd, middle=middle, middle_rstd=middle_rstd,
-        gate_up=gate_up, gate_up_low_rank=_detached_copy(gate_up_low_rank, needs_backward), gate_up_masks=gate_up_masks,
+        gate_up=gate_up, gate_up_low_rank=gate_up_low_rank, gate_up_masks=gate_up_masks,
     )  # fmt: skip
 
 
@@ -235,7 +239,10 @@ def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: _Activation
     extended = layer.down.input_buffer(state.x, state.gate_up.dtype)
     hidden = extended[:, : layer.down.in_features]
     gate, up = _gate_and_up(layer, state.gate_up)
-    glu_forward(gate, up, layer.activation, out=hidden)
+    if layer.gate_up.has_separate_term:
+        low_rank_glu_forward(gate, up, layer.activation, *_terms_of_gate_and_up(layer, state), out=hidden)
+    else:
+        glu_forward(gate, up, layer.activation, out=hidden)
     out, low_rank, masks = project(prepared, hidden, extended=extended)
     if keep:
         state.down_low_rank, state.down_masks = _detached_copy(low_rank, True), masks
@@ -275,18 +282,22 @@ def _backward(
             dy, state.mlp_out, state.mlp_out_rstd, layer.mlp_out_norm, dy_rows, needs_norm["mlp_out_norm"]
         )
         state.mlp_out = None
-    hidden, dy_low_rank = input_grad(prepared, dy_rows, state.down_masks, extended=extended)
+    hidden, dy_low_rank = input_grad(prepared, dy_rows, state.down_masks, extended=extended, leaves_term=True)
     assert hidden is not None
     dgate_up_extended = gate_up if overwrite else layer.gate_up.output_buffer(dy, dtype)
     dgate_up = dgate_up_extended[:, : layer.gate_up.out_features]
-    glu_backward(  # reads the gradient of down's input from `hidden` and leaves that input there
-        hidden, *_gate_and_up(layer, gate_up), layer.activation, *_gate_and_up(layer, dgate_up), h_out=hidden
-    )
+    # Either reads the gradient of down's input from `hidden` and leaves that input there.
+    values, grads = _gate_and_up(layer, gate_up), _gate_and_up(layer, dgate_up)
+    if layer.gate_up.has_separate_term or layer.down.has_separate_term:
+        terms = _term_of_hidden(layer, dy_low_rank), *_terms_of_gate_and_up(layer, state)
+        low_rank_glu_backward(hidden, *values, layer.activation, *terms, *grads, h_out=hidden)
+    else:
+        glu_backward(hidden, *values, layer.activation, *grads, h_out=hidden)
     low_rank = state.down_low_rank
     if low_rank is None and needs_group[3][3]:
         low_rank = low_rank_input(prepared, hidden, state.down_masks)
     down_grads = parameter_grads(prepared, dy_rows, dy_low_rank, hidden, low_rank, state.down_masks, needs_group[3])
-    del prepared, hidden, extended, dy_rows, dy_low_rank, gate_up
+    del prepared, hidden, extended, dy_rows, dy_low_rank, gate_up, values, grads
 
     norm = layer.post_norm
     hidden, _, _ = rms_norm_forward(
@@ -376,6 +387,22 @@ def _gate_and_up(layer: DecoderLayer, joined: torch.Tensor | None) -> tuple[torc
     assert joined is not None
     gate_columns, up_columns = layer.gate_up_columns
     return joined[:, gate_columns], joined[:, up_columns]
+
+
+def _terms_of_gate_and_up(layer: DecoderLayer, state: _Activations) -> tuple[LowRankTerm | None, LowRankTerm | None]:
+    """What LoRA adds to `state.gate_up`, where it was left out."""
+    if not layer.gate_up.has_separate_term or state.gate_up_low_rank is None:
+        return None, None
+    gate_columns, up_columns = layer.gate_up_columns
+    low_rank = state.gate_up_low_rank
+    return output_term(layer.gate_up, low_rank, gate_columns), output_term(layer.gate_up, low_rank, up_columns)
+
+
+def _term_of_hidden(layer: DecoderLayer, dy_low_rank: torch.Tensor | None) -> LowRankTerm | None:
+    """What LoRA adds to the gradient of down's input, where it was left out."""
+    if not layer.down.has_separate_term or dy_low_rank is None:
+        return None
+    return input_term(layer.down, dy_low_rank)
 
 
 def _heads(

@@ -8,7 +8,8 @@ A weight is scaled by output channel, which is dX's inner dimension: its scales 
 byte a weight serves both products, and the gradient is that of the weights that the forward used. Scales are powers of
 two, so scaling and folding are exact and only the rounding to e4m3 is an error: at most 2^-4 of a value that is larger
 than 2^-15 of its row's largest, 2.5 % on average, 3.6 % of a product of two matrices (in the L2 norm). Gradients are
-e4m3 as well: under a scale for each row they need e5m2's range less than the bit that it costs.
+e4m3 as well: under a scale for each row they need e5m2's range less than the bit that it costs. Tensor cores read FP8
+along the inner dimension only, so the payload of a weight is transposed for dX: each time, or once where it is kept.
 
 Shapes: X [T, K], W [N, K], dY [T, N]; scales [rows]. K and N are multiples of 16.
 Dtypes: payloads float8_e4m3fn, scales fp32, sums fp32; results in bf16 from a GPU, in any dtype from the reference.
@@ -16,7 +17,7 @@ Rows that hold a NaN or an infinity become NaN. Source: Micikevicius et al., "FP
 arXiv 2209.05433; row-wise scales: torchao's float8 recipes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,10 +34,12 @@ _TILE = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fp8Matrix:
-    """`values` float8_e4m3fn [R, C] and `scales` fp32 [R], whose product, row by row, is the matrix."""
+    """`values` float8_e4m3fn [R, C] and `scales` fp32 [R], whose product, row by row, is the matrix. `transposed` holds
+    the values as [C, R] too, where a matrix is there for longer than one product."""
 
     values: torch.Tensor
     scales: torch.Tensor
+    transposed: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, rows: int, columns: int, device: torch.device) -> "Fp8Matrix":
@@ -48,7 +51,11 @@ class Fp8Matrix:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        held = self.values.nbytes + self.scales.nbytes
+        return held if self.transposed is None else held + self.transposed.nbytes
+
+    def with_transposed(self) -> "Fp8Matrix":
+        return replace(self, transposed=transposed_values(self))
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         return self.values.to(dtype) * self.scales.to(dtype)[:, None]
@@ -89,16 +96,21 @@ def quantize_rows_reference(x: torch.Tensor, factors: torch.Tensor | None = None
     return (wide / scales[:, None]).to(DTYPE), scales
 
 
-def fp8_linear(x: torch.Tensor, weight: Fp8Matrix, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """X W^T [T, N] of `x [T, K]` and `weight [N, K]`, in `out` where given (contiguous)."""
-    return scaled_matmul(quantize_rows(x), weight, x.dtype, out=out, fast_accumulation=True)
+def fp8_linear(
+    x: torch.Tensor, weight: Fp8Matrix, *, quantized: Fp8Matrix | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """X W^T [T, N] of `x [T, K]` and `weight [N, K]`, in `out` where given (contiguous). `quantized` is x in FP8, where
+    whoever made it did that too."""
+    quantized = quantize_rows(x) if quantized is None else quantized
+    return scaled_matmul(quantized, weight, x.dtype, out=out, fast_accumulation=True)
 
 
 def fp8_input_grad(dy: torch.Tensor, weight: Fp8Matrix) -> torch.Tensor:
     """dY W [T, K] of `dy [T, N]` and `weight [N, K]`."""
     folded = quantize_rows(dy, factors=weight.scales)
     ones = torch.ones(weight.values.shape[1], dtype=torch.float32, device=dy.device)
-    return scaled_matmul(folded, Fp8Matrix(transposed_values(weight), ones), dy.dtype)
+    transposed = transposed_values(weight) if weight.transposed is None else weight.transposed
+    return scaled_matmul(folded, Fp8Matrix(transposed, ones), dy.dtype)
 
 
 def scaled_matmul(
@@ -130,8 +142,7 @@ def scaled_matmul_reference(left: Fp8Matrix, right: Fp8Matrix, dtype: torch.dtyp
 
 
 def transposed_values(matrix: Fp8Matrix) -> torch.Tensor:
-    """A contiguous copy [C, R] of the transpose of a matrix's values [R, C]: tensor cores read FP8 along the inner
-    dimension only."""
+    """A contiguous copy [C, R] of the transpose of a matrix's values [R, C]."""
     values = matrix.values
     rows, columns = values.shape
     if not use_triton(matrix.scales) or values.numel() == 0:
@@ -156,23 +167,37 @@ def _quantize_rows_kernel(
     x = tl.load(x_ptr + row * x_stride + cols, mask=live, other=0.0).to(tl.float32)
     if HAS_FACTORS:
         x *= tl.load(factors_ptr + cols, mask=live, other=0.0, eviction_policy="evict_last")  # every row reads them
-    # As integers, magnitudes keep their order, and NaN and infinity come last.
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    scale, reciprocal = row_scale(tl.max(magnitude_bits(x), axis=0))
+    tl.store(values_ptr + row * values_stride + cols, e4m3_bits(x * reciprocal), mask=live)
+    tl.store(scales_ptr + row, scale)
+
+
+@jit
+def magnitude_bits(x):
+    """|x| of fp32 numbers as integers, which keep the order; NaN and infinity come last."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def row_scale(largest):
+    """(scale, 1 / scale) in fp32 of rows whose largest value has the `magnitude_bits` that are given."""
     # 0x600000 is the mantissa of 7/8: up to it, 448 = 7/8 2^9 reaches; the reciprocal has to be a normal number too.
     exponent = (largest >> 23) - 8 + tl.where((largest & 0x7FFFFF) > 0x600000, 1, 0)
     exponent = tl.where(largest == 0, 127, tl.maximum(exponent, 1))
     scale = tl.where(largest < 0x7F800000, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True)
-    x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    # Rounded to nearest even by integers: as fast as the memory, and the same on every target and in the interpreter.
-    bits = x.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    magnitude = bits & 0x7FFFFFFF
+    return scale, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def e4m3_bits(x):
+    """fp32 numbers of up to 448 rounded to e4m3, as its bits in uint8."""
+    # To nearest even by integers: as fast as the memory, and the same on every target and in the interpreter.
+    magnitude = magnitude_bits(x)
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
     # Below 2^-6 the step is 2^-9: adding 2^23 steps leaves their number in the last bits.
     steps = (tl.abs(x) * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
-    value = tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign
-    tl.store(values_ptr + row * values_stride + cols, value.to(tl.uint8), mask=live)
-    tl.store(scales_ptr + row, scale)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign).to(tl.uint8)
 
 
 @jit

@@ -111,11 +111,15 @@ def project(
     x: torch.Tensor,
     *,
     extended: torch.Tensor | None = None,
+    fp8: Fp8Matrix | None = None,
     out: torch.Tensor | None = None,
+    leaves_term: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """The joined output of rows `x [T, K]`, outside autograd.
 
-    `extended` is the buffer of `input_buffer` whose left part x is; its right part is overwritten.
+    `extended` is the buffer of `input_buffer` whose left part x is; its right part is overwritten. `fp8` is x in
+    FP8, for a group that multiplies so, where that is known already. With `leaves_term` y lacks (x A^T) B^T where the
+    group `has_separate_term`.
     Returns: (y [T, N], x A^T [T, E] or None, dropout masks); the last two are what the backward needs besides x.
     """
     group = prepared.group
@@ -124,10 +128,10 @@ def project(
     beside = None if extended is None or group.is_fp8 else extended[:, group.in_features :]
     low_rank = low_rank_input(prepared, x, masks, out=beside)
     if prepared.fp8 is not None:
-        fp8_linear(x, prepared.fp8, out=y)
+        fp8_linear(x, prepared.fp8, quantized=fp8, out=y)
         if prepared.bias is not None:
             y += prepared.bias
-        if low_rank is not None and prepared.b is not None:
+        if low_rank is not None and prepared.b is not None and not (leaves_term and group.has_separate_term):
             y.addmm_(low_rank, prepared.b.t())
         return y, low_rank, masks
     if prepared.joined is not None and extended is not None and low_rank is not None:
@@ -152,10 +156,12 @@ def input_grad(
     *,
     extended: torch.Tensor | None = None,
     needs_dx: bool = True,
+    leaves_term: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dX [T, K] or None, dY B [T, E] or None): the second is what `parameter_grads` needs.
 
-    `extended` is the buffer of `output_buffer` whose left part dy is; its right part is overwritten.
+    `extended` is the buffer of `output_buffer` whose left part dy is; its right part is overwritten. With `leaves_term`
+    dX lacks (dY B) A where the group `has_separate_term`.
     """
     group = prepared.group
     dy_low_rank = None
@@ -168,6 +174,8 @@ def input_grad(
     if prepared.joined is not None and extended is not None and dy_low_rank is not None and not group.has_dropout:
         return extended @ prepared.joined[:, : group.in_features], dy_low_rank
     dx = None if prepared.fp8 is None else fp8_input_grad(dy, prepared.fp8)
+    if leaves_term and group.has_separate_term:
+        return dx, dy_low_rank
     if dy_low_rank is not None and prepared.a is not None:
         if group.has_dropout:
             # Each projection has a term of its own, so all are added up before the sum is rounded.
@@ -311,7 +319,7 @@ def _joined_weights(
 
 
 def _fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None) -> Fp8Matrix:
-    """W [N, K] in FP8."""
+    """W [N, K] in FP8; with its transpose where both stay."""
     known, remember = _kept_form(group, dtype, kept)
     fp8 = Fp8Matrix.empty(group.out_features, group.in_features, device) if known is None else known
     for rows, projection in zip(group.row_slices, group.projections, strict=True):
@@ -319,6 +327,8 @@ def _fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.devic
             quantize_rows(projection.weight.detach(), out=fp8.rows(rows))
         elif known is None:
             quantize_rows(dequantize_nf4(projection.weight, dtype), out=fp8.rows(rows))
+    if known is None and kept is not None and group.is_packed:
+        fp8 = fp8.with_transposed()
     remember(fp8)
     return fp8
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .fp8 import MULTIPLE
+from .fp8 import MULTIPLE, Fp8Matrix
 from .nf4 import Nf4Weight
 
 # Columns of the extension are padded to this multiple: narrower ones fall off cuBLAS's fast kernels on wide outputs.
@@ -76,6 +76,11 @@ class ProjectionGroup:
         weight = self.projections[0].weight
         return weight.compute_dtype if isinstance(weight, Nf4Weight) else weight.dtype
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether all weights are 4-bit."""
+        return all(projection.is_packed for projection in self.projections)
+
     def parameters(self) -> list[torch.Tensor | None]:
         """`PARAMETERS_PER_PROJECTION` entries a projection; the order of the gradients of `project_backward`."""
         return [parameter for projection in self.projections for parameter in projection.parameters()]
@@ -84,13 +89,22 @@ class ProjectionGroup:
         """What `prepare` holds from call to call where it is given something to keep it in."""
         if not any(projection.is_packed for projection in self.projections):
             return 0
-        if self.is_fp8:
-            return self.out_features * (self.in_features + 4)
+        if self.is_fp8:  # the values, as they are and, unless a dense part changes them, transposed; and the scales
+            return self.out_features * (self.in_features * (1 + self.is_packed) + 4)
         return (self.out_features + self.extension) * (self.in_features + self.extension) * dtype.itemsize
 
     def input_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, K + E]` whose left part takes the input, for the extended product; its contents are undefined."""
         return _finite_buffer(like.shape[0], self.in_features + self._spare_columns, dtype, like.device)
+
+    @property
+    def has_separate_term(self) -> bool:
+        """Whether LoRA's term can be left out of the large products, for whoever reads those to add."""
+        return self.is_fp8 and self.extension > 0 and not self.has_dropout
+
+    def fp8_input(self, like: torch.Tensor) -> Fp8Matrix | None:
+        """Where whoever makes the input `[T, K]` leaves it in FP8 as well; None where nobody reads that."""
+        return Fp8Matrix.empty(like.shape[0], self.in_features, like.device) if self.is_fp8 else None
 
     def output_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, N + E]` whose left part takes the output, or its gradient; its contents are undefined."""

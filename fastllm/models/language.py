@@ -108,8 +108,9 @@ class FastLanguageModel:
                 backward, on GPUs that have it (compute capability 8.9 and later). Off by default, since it changes the
                 results: each product is off by 3.6 % (L2). LoRA, norms, attention and the head stay in bf16. It does
                 not read checkpoints stored in FP8, which `load_in_fp8` asks for.
-            cuda_graphs: layers of batches of up to 4,096 tokens are launched as CUDA graphs from the third batch of a
-                shape on, where memory is left beside the largest batch. The results are the same.
+            cuda_graphs: layers of batches of up to 4,096 tokens (8,192 with `fp8_compute`) are launched as CUDA graphs
+                from the third batch of a shape on, where memory is left beside the largest batch. The results are the
+                same.
             **options: `quantization_config`, `attn_implementation`, `config`, `tokenizer_name`, and transformers'
                 download options (`cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `proxies`).
 

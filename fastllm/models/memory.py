@@ -19,7 +19,7 @@ from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.kept_weights import KeptWeights
 from ..kernels.layer_definition import DecoderLayer, Keep
 from ..kernels.vision_block import VisionBlock
-from .recordings import MOST_ROWS, Recordings
+from .recordings import Recordings, most_rows
 from .weight_keeping import WeightKeeper
 
 GIB = 2**30
@@ -202,7 +202,7 @@ class ActivationPlanner:
             on_device = max(1, min(count, int(budget // max(1, sizes.layer_input * tokens))))
         plan = [floor] * (recomputed - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
         spare = budget - count * (sizes.layer_input + sizes.stash) * tokens if kept == count else 0
-        spare -= _recorded_bytes(sizes, tokens, count, count) if tokens <= MOST_ROWS else 0
+        spare -= _recorded_bytes(sizes, tokens, count, count) if tokens <= most_rows(layer) else 0
         self._weights.allow(spare, sizes.kept_weights, device, f"a batch of up to {tokens:,} tokens takes the memory")
         held = tokens * (kept * sizes.stash + (count - plan.count(Keep.OFFLOADED_INPUT)) * sizes.layer_input)
         self.recordings.beside = max(self.recordings.beside, held + sizes.transient(tokens))

@@ -26,11 +26,12 @@ from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backw
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
-from fastllm.kernels.fp8 import quantize_rows, transposed_values
+from fastllm.kernels.fp8 import Fp8Matrix, quantize_rows, transposed_values
 from fastllm.kernels.glu import glu, glu_backward
 from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
+from fastllm.kernels.low_rank_glu import LowRankTerm, low_rank_glu_backward, low_rank_glu_forward
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
 from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from fastllm.kernels.rope import rope
@@ -41,7 +42,7 @@ TARGETS = {
 }
 ROWS = 3
 # Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
-NEED_TENSOR_CORES = {"fastllm.kernels.flash_attention"}
+NEED_TENSOR_CORES = {"fastllm.kernels.flash_attention", "fastllm.kernels.low_rank_glu"}
 
 
 class TargetDriver:
@@ -67,6 +68,9 @@ def launches(dtype: torch.dtype) -> None:
         x, weight = new(ROWS, width, requires_grad=True), new(width, requires_grad=True)
         rms_norm(x, weight, 1e-5).sum().backward()
         _, total, rstd = rms_norm_forward(x.detach(), weight.detach(), 1e-5, residual=new(ROWS, width))
+        for residual in (None, new(ROWS, width)):
+            fp8 = Fp8Matrix.empty(ROWS, width, x.device)
+            rms_norm_forward(x.detach(), weight.detach(), 1e-5, residual=residual, fp8=fp8)
         rms_norm_backward(new(ROWS, width), total, weight.detach(), rstd, 1e-5, residual_grad=new(ROWS, width))
     for width in (1152, 1280, 4096):  # of vision towers
         x, weight, bias = (new(*shape, requires_grad=True) for shape in ((ROWS, width), (width,), (width,)))
@@ -101,7 +105,7 @@ def launches(dtype: torch.dtype) -> None:
         linear_token_losses(hidden.detach(), head, labels, transform=transform, statistics=("entropy", "is_top1"))
 
 
-def attention_launches(dtype: torch.dtype) -> None:
+def tensor_core_launches(dtype: torch.dtype) -> None:
     """Heads of every size served, with all that takes registers: packed documents, windows, capped scores."""
     documents = Documents.from_position_ids(torch.tensor([[0, 1, 0]]), 1)
     everything = {"documents": documents, "softcap": 50.0, "window": 2}
@@ -109,6 +113,13 @@ def attention_launches(dtype: torch.dtype) -> None:
         q, k, v = (torch.randn(1, ROWS, heads, width, dtype=dtype).transpose(1, 2) for heads in (8, 2, 2))
         out, lse = flash_attention_forward(q, k, v, scaling=0.1, **everything)
         flash_attention_backward(out, out, lse, q, k, v, scaling=0.1, **everything)
+    for name in ACTIVATIONS:
+        for rank in (16, 64):
+            h, gate, up = (torch.randn(ROWS, 14336, dtype=dtype) for _ in range(3))
+            left, b, a = torch.randn(ROWS, rank, dtype=dtype), torch.randn(14336, rank), torch.randn(rank, 14336)
+            outputs, inputs = [LowRankTerm(left, b.t())] * 2, LowRankTerm(left, a, 2.0)
+            low_rank_glu_forward(gate, up, name, *outputs, out=h)
+            low_rank_glu_backward(h, gate, up, name, inputs, *outputs, gate, up, h_out=h)
     images = {"documents": documents, "causal": False}
     for width in (64, 128):  # of vision towers
         q, k, v = (torch.randn(1, ROWS, 2, width, dtype=dtype).transpose(1, 2) for _ in range(3))
@@ -183,7 +194,7 @@ def main(target: GPUTarget) -> None:
         for dtype in (torch.bfloat16 if has_tensor_cores(target) else torch.float16, torch.float32):
             launches(dtype)
             if has_tensor_cores(target):
-                attention_launches(dtype)
+                tensor_core_launches(dtype)
     unique = {id(kernel): (name, kernel) for name, kernel in compiled}
     json.dump(
         {

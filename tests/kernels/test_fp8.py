@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 
+from fastllm.kernels import fp8
 from fastllm.kernels.decoder_layer import DecoderLayer, Keep, decoder_layer
 from fastllm.kernels.fp8 import (
     CAPABILITY,
@@ -21,8 +22,8 @@ from fastllm.kernels.fp8 import (
     scaled_matmul_reference,
     transposed_values,
 )
-from fastllm.kernels.kept_weights import KeptWeights
-from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
+from fastllm.kernels.kept_weights import KeptForm, KeptWeights
+from fastllm.kernels.lora import Projection, ProjectionGroup, input_grad, prepare, project, project_group
 from fastllm.kernels.projections import fp8_obstacle
 
 from .parity import OverLimit, Setting
@@ -217,14 +218,14 @@ def run_group(setting: Setting, group: ProjectionGroup, x: torch.Tensor) -> dict
 def check_group(setting: Setting, weights: str, dropout: float = 0.0) -> None:
     """Beside the same group without FP8: the products differ as FP8 does, the gradients of LoRA not at all."""
     x = setting.randn(3, 9, 128)
-    fp8 = run_group(setting, group_of(setting, weights, dropout=dropout), x)
+    ours = run_group(setting, group_of(setting, weights, dropout=dropout), x)
     plain = run_group(setting, group_of(setting, weights, is_fp8=False, dropout=dropout), x)
-    for name, value in fp8.items():
+    for name, value in ours.items():
         error = relative(value, plain[name].double())
         limit = PRODUCT if name in ("y", "x") else 4 * torch.finfo(setting.dtype).eps
         if not error <= limit:
             raise OverLimit(f"{name}: {error:.2e} > {limit:.2e}")
-    if not all(relative(fp8[name], plain[name].double()) > 1e-3 for name in ("y", "x")):
+    if not all(relative(ours[name], plain[name].double()) > 1e-3 for name in ("y", "x")):
         raise OverLimit("the products are not in FP8")
 
 
@@ -233,6 +234,42 @@ def check_group(setting: Setting, weights: str, dropout: float = 0.0) -> None:
 @pytest.mark.parametrize("weights", ["nf4", "dense"])
 def test_group(setting, weights, dropout):
     check_group(setting, weights, dropout)
+
+
+def check_kept(setting: Setting, weights: tuple[str, str]) -> None:
+    """Products with kept weights are those with weights made anew, also after a dense one was edited in place."""
+    projections = [group_of(setting, kind).projections[i] for i, kind in enumerate(weights)]
+    group, kept = ProjectionGroup(projections, is_fp8=True), KeptForm()
+    x, dy = setting.randn(9, group.in_features), setting.randn(9, group.out_features)
+    for _ in range(2):
+        with setting.active(), torch.no_grad():
+            for _ in range(2):
+                found, expected = prepare(group, setting.dtype, kept=kept), prepare(group, setting.dtype)
+                if not project(found, x)[0].equal(project(expected, x)[0]):
+                    raise OverLimit("y of other weights")
+                if not input_grad(found, dy, [])[0].equal(input_grad(expected, dy, [])[0]):
+                    raise OverLimit("dx of other weights")
+        if kept.nbytes != group.kept_bytes(setting.dtype):
+            raise OverLimit("bytes that are not counted")
+        for projection in projections:
+            if not projection.is_packed:
+                projection.weight.data.mul_(-3)
+
+
+@pytest.mark.parametrize("weights", [("nf4", "nf4"), ("nf4", "dense"), ("dense", "dense")], ids="-".join)
+def test_kept_weights(setting, weights):
+    check_kept(setting, weights)
+
+
+def test_kept_weights_are_transposed_once(reference, monkeypatch):
+    calls, real = [], fp8.transposed_values
+    monkeypatch.setattr(fp8, "transposed_values", lambda matrix: calls.append(matrix) or real(matrix))
+    layer, x, _ = fp8_layer(reference, LAYER, is_fp8=True)
+    for kept, expected in ((KeptWeights(), [4, 4]), (None, [8, 12])):
+        for count in expected:
+            with reference.active():
+                decoder_layer(x, layer, call_of(reference, LAYER, kept_weights=kept)).sum().backward()
+            assert len(calls) == count
 
 
 def test_obstacles():
@@ -263,6 +300,7 @@ def fp8_layer(setting: Setting, spec: Spec, *, is_fp8: bool) -> tuple[DecoderLay
 def run_layer(setting: Setting, spec: Spec, *, is_fp8: bool = True, **changes) -> list[torch.Tensor]:
     """y and every gradient."""
     layer, x, trained = fp8_layer(setting, spec, is_fp8=is_fp8)
+    torch.manual_seed(3)
     with setting.active():
         y = decoder_layer(x, layer, call_of(setting, spec, **changes))
         y.backward(setting.randn(*y.shape))
@@ -288,11 +326,35 @@ def test_a_layer_gives_the_same_bits_however_it_keeps(reference, keep):
     assert kept.nbytes == sum(group.kept_bytes(reference.dtype) for group in layer.groups())
 
 
-def test_a_layer_beside_one_in_16_bit(reference):
+def check_layer_in_fp8(setting: Setting, spec: Spec = LAYER) -> None:
     """Eight products on a gradient's way, and what attention and norms make of their errors."""
-    fp8, plain = run_layer(reference, LAYER), run_layer(reference, LAYER, is_fp8=False)
-    errors = [relative(value, truth.double()) for value, truth in zip(fp8, plain, strict=True)]
-    assert 1e-3 < errors[0] < 2 * PRODUCT and 1e-3 < max(errors[1:]) < 5 * PRODUCT
+    ours, plain = run_layer(setting, spec), run_layer(setting, spec, is_fp8=False)
+    errors = [relative(value, truth.double()) for value, truth in zip(ours, plain, strict=True)]
+    assert errors[0] > 1e-3 and max(errors[1:]) > 1e-3
+    if not (errors[0] < 2 * PRODUCT and max(errors[1:]) < 5 * PRODUCT):
+        raise OverLimit(f"{errors}")
+
+
+@pytest.mark.parametrize("changes", [{}, {"is_merged": True}, {"has_out_norms": True}, {"dropout": 0.2}], ids=str)
+def test_a_layer_beside_one_in_16_bit(reference, changes):
+    check_layer_in_fp8(reference, dataclasses.replace(LAYER, **changes))
+
+
+def check_separate_terms(setting: Setting, spec: Spec = LAYER) -> None:
+    """What LoRA's terms give that are added to the products, but for values that FP8 rounds to others."""
+    found = run_layer(setting, spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProjectionGroup, "has_separate_term", False)
+        expected = run_layer(setting, spec)
+    errors = [relative(value, truth.double()) for value, truth in zip(found, expected, strict=True)]
+    if not max(errors) < 2e-3:
+        raise OverLimit(f"{errors}")
+
+
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUT])
+@pytest.mark.parametrize("changes", [{}, {"is_merged": True}, {"has_out_norms": True}], ids=str)
+def test_terms_that_are_added_later(reference, keep, changes):
+    check_separate_terms(reference, dataclasses.replace(LAYER, keep=keep, **changes))
 
 
 @pytest.mark.gpu

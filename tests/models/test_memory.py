@@ -7,6 +7,7 @@ from fastllm._device import free_bytes
 from fastllm._errors import ArgumentError
 from fastllm.kernels.layer_definition import Keep
 from fastllm.models import memory
+from fastllm.models.fp8_compute import use_fp8
 from fastllm.models.fused_parts import fused_layer
 from fastllm.models.memory import GIB, ActivationPlanner, HostOffload, LayerBytes, checkpointing_setting
 from fastllm.models.model_methods import PLANNER
@@ -132,6 +133,24 @@ def test_the_plan_is_told_once_and_again_for_longer_batches(layer, messages):
             planner.keep(index, x, layer)
     assert messages().count("activations of up to") == 1  # both plans keep everything: one line
     assert len(planner._plans) == 2 and "2,048" in planner.describe()
+
+
+@pytest.mark.parametrize(("is_fp8", "recorded_up_to"), [(False, 4096), (True, 8192)])
+def test_recordings_of_every_shape_that_is_recorded_have_room(monkeypatch, is_fp8, recorded_up_to):
+    """What layers may keep of their weights is what is left beside them."""
+    model = fast_copy(build(FAMILIES["llama"])).requires_grad_(False)
+    if is_fp8:
+        use_fp8(model, model.model.layers)
+    layer, spare = fused_layer(with_lora(model).get_base_model().model.layers[0]), []
+    monkeypatch.setattr(memory.WeightKeeper, "allow", lambda self, bytes, *_: spare.append(bytes))
+    sizes = LayerBytes.of(layer, torch.bfloat16)
+    for tokens in (2048, 4096, 5120, 8192, 9216):
+        plan(monkeypatch, layer, 64 * GIB, tokens=tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "_recorded_bytes", lambda *_: 0)
+            plan(monkeypatch, layer, 64 * GIB, tokens=tokens)
+        needed = memory._recorded_bytes(sizes, tokens, 32, 32) if tokens <= recorded_up_to else 0
+        assert spare[-1] - spare[-2] == needed
 
 
 @pytest.mark.parametrize(

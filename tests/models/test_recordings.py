@@ -8,11 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from fastllm.kernels.fp8 import CAPABILITY
 from fastllm.kernels.layer_definition import Keep
 from fastllm.kernels.recorded_pass import CudaRecorder
 from fastllm.models import chains, recordings
 from fastllm.models.arch import arch_of
 from fastllm.models.chains import Chain, Known
+from fastllm.models.fp8_compute import use_fp8
 from fastllm.models.fused_parts import fused_layer
 from fastllm.models.memory import ActivationPlanner, LayerBytes
 from fastllm.models.model_methods import PLANNER
@@ -424,6 +426,26 @@ def test_large_batches_and_full_memory_are_not_recorded(make, device, monkeypatc
     planner_of(model).recordings.beside = 2**60  # a batch of another shape, seen before, takes it all
     train(model, device)
     assert recorded(model) == (0, 0)
+
+
+@pytest.mark.parametrize(("products", "expected"), [("16 bit", 0), ("one group in 16 bit", 0), ("FP8", 1)])
+def test_layers_in_fp8_are_recorded_up_to_twice_the_rows(make, device, monkeypatch, products, expected):
+    if device.type == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("this GPU has no FP8 products")
+    batches = [batch(CONFIG, seed=seed, device=device, rows=2) for seed in range(4)]
+    for limit, count in ((2 * 64, 1), (2 * 64 - 1, expected), (64, expected), (64 - 1, 0)):
+        model, without = make()
+        for each in (model, without):
+            base = each.get_base_model()
+            base.requires_grad_(False)
+            for name, parameter in base.named_parameters():
+                trains_weight = products == "one group in 16 bit" and "down_proj.base" in name
+                parameter.requires_grad_("lora" in name or trains_weight)
+            if products != "16 bit":
+                use_fp8(base, decoder_layers(base, arch_of(base.config)))
+        monkeypatch.setattr(recordings, "MOST_ROWS", limit)
+        assert_trained_alike(*(train(each, device, batches=batches) for each in (model, without)))
+        assert recorded(model) == (count, 4 * count)
 
 
 def test_the_plan_leaves_room_for_its_largest_batch(make, device):
