@@ -156,7 +156,8 @@ class RecordedPass:
         self._call = self._with_fixed_inputs(self._call)
         y, self._kept, self._backend = self._pass.forward(self._x, self._call)
         if self._backend == "autograd" and y.is_cuda:
-            raise NotRecordable("attention runs under autograd")
+            shape, dtype = list(self._x.shape), str(y.dtype).removeprefix("torch.")
+            raise NotRecordable(f"attention over rows {shape} in {dtype} runs under autograd")
         if self._backend == "cudnn" and not self._call.attention.causal:
             # Some versions read memory that is not theirs: https://github.com/NVIDIA/TransformerEngine/pull/2344
             raise NotRecordable("cuDNN's attention that sees both ways is not safe in a CUDA graph")

@@ -38,7 +38,7 @@ _SMALL_INPUTS = 64 * 2**20
 _RECORDED_TOWER_INPUTS = 256 * 2**20
 # cuDNN compiles a plan for each new shape (0.1 s on an H200); it pays once this much attention, in queries times keys,
 # has been computed at that shape.
-_CUDNN_AFTER_SCORES = 2**26
+_CUDNN_AFTER_SCORES = 2**25
 
 
 def checkpointing_setting(value: bool | str) -> bool | str:

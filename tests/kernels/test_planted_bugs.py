@@ -378,7 +378,9 @@ LAYER = {
         "residual_grad=dmiddle,", "residual_grad=None,", layer("llama_dense")
     ),
     "gate_and_up_exchanged": Bug(
-        "gate_columns, up_columns = layer", "up_columns, gate_columns = layer", layer("llama_dense")
+        "return joined[:, gate_columns], joined[:, up_columns]",
+        "return joined[:, up_columns], joined[:, gate_columns]",
+        layer("llama_dense"),
     ),
     "rotation_not_undone": Bug(
         "dq_rows, dk_rows, inverse=True)", "dq_rows, dk_rows)", layer("llama_nf4", on="triton")
