@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch._utils import _unflatten_dense_tensors
 
+from .dispatch import no_autocast
 from .recorded_inputs import SharedInputs, first_rows, tensors_of, with_tensors
 
 Outputs = list[torch.Tensor]
@@ -122,7 +123,8 @@ class RecordedPass:
         return self._y
 
     def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradients of x, overwritten by a later backward of any of these layers, and of the trained parameters, which are not."""
+        """Gradients of x, overwritten by a later backward of any of these layers, and of the trained parameters, which
+        are not."""
         rows = dy.shape[-2]
         if self._replay_backward is None or self._dy is None:
             self._dy = self._shared.fixed(dy)
@@ -154,7 +156,8 @@ class RecordedPass:
     def _run_forward(self) -> Outputs:
         # Documents remember what they worked out of their boundaries: these are others in each forward.
         self._call = self._with_fixed_inputs(self._call)
-        y, self._kept, self._backend = self._pass.forward(self._x, self._call)
+        with no_autocast(self._x.device.type):
+            y, self._kept, self._backend = self._pass.forward(self._x, self._call)
         if self._backend == "autograd" and y.is_cuda:
             shape, dtype = list(self._x.shape), str(y.dtype).removeprefix("torch.")
             raise NotRecordable(f"attention over rows {shape} in {dtype} runs under autograd")

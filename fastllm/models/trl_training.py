@@ -107,6 +107,8 @@ def _bind_fused_head(base: Any) -> None:
         return
     forward = functools.wraps(type(base).forward)(fused_head(bound_by_trl))
     base.forward = types.MethodType(forward, base)
+    # TRL replaced what an earlier trainer had put around the forward, autocast: accelerate shall do so again.
+    base.__dict__.pop("_is_accelerate_prepared", None)
 
 
 @contextmanager

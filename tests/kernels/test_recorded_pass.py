@@ -61,3 +61,14 @@ def test_gradients_pass_from_layer_to_layer_through_two_buffers():
         found = torch.autograd.grad(y, (x, *weights), upstream)
         torch.testing.assert_close(found, torch.autograd.grad(expected, (x, *weights), upstream))
     assert len({gradient.data_ptr() for one in recorded for gradient in one._dx}) == 2
+
+
+def test_a_recording_computes_without_autocast():
+    class Seeing(Scaling):
+        def forward(self, x, call):
+            assert not torch.is_autocast_enabled("cpu")
+            return super().forward(x, call)
+
+    weight = torch.randn(4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        RecordedPass(Seeing(weight), torch.randn(ROWS, 4), call_of(ROWS), [weight], SharedInputs(ROWS), repeat)

@@ -328,3 +328,23 @@ def test_fp16_training_has_fp32_adapters(loaded, tmp_path, monkeypatch):
     (loss * 1024).backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and g.dtype is torch.float32 and torch.isfinite(g).all() for g in grads)
+
+
+def test_a_second_trainer_of_a_model_computes_under_autocast_too(checkpoint, tmp_path):
+    """TRL binds its head anew, over what accelerate had put around the forward and does not put there twice."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        checkpoint, max_seq_length=64, load_in_4bit=False, full_finetuning=True, float32_mixed_precision=True
+    )
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, args: seen.append(torch.is_autocast_enabled(model.device.type))
+    )
+    for _ in range(2):
+        seen.clear()
+        SFTTrainer(
+            model=model,
+            args=SFTConfig(output_dir=str(tmp_path), bf16=True, use_cpu=model.device.type == "cpu", **CONFIG),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=tokenizer,
+        ).train()
+        assert seen and all(seen)
