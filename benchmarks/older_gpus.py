@@ -17,6 +17,14 @@ class OlderGpu:
 OLDER_GPUS = {"t4": OlderGpu((7, 5), 14.741)}
 
 
+def take_at_most(gib: float) -> None:
+    """Let this process take so much of the GPU's memory, or what there is."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
 def hold_to(name: str) -> None:
     """Let fastllm see the GPU as one called so: its memory, and its compute capability, by which it has no bf16 and no
     tensor cores for Triton. Of torch's attention only the memory-efficient kernel is left.
@@ -28,8 +36,7 @@ def hold_to(name: str) -> None:
     from fastllm import _device
 
     gpu, seen = OLDER_GPUS[name], _device.device_info
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(gpu.memory_gib * 2**30 / total)
+    take_at_most(gpu.memory_gib)
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 

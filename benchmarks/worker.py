@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import CASES
-from .older_gpus import hold_to
+from .older_gpus import hold_to, take_at_most
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -28,8 +28,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     on_gpu = torch.cuda.is_available()
     if on_gpu and case.memory_gib:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_gib * 2**30 / total))
+        take_at_most(case.memory_gib)
     if on_gpu and case.held_to:
         hold_to(case.held_to)
 

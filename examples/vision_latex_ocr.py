@@ -41,14 +41,15 @@ INSTRUCTION = "Write the LaTeX representation for this image."
 
 # %%
 if ON_GPU:
-    page, held, count, terms, nested, batch_size = Page(96, 48, font_size=18), 256, 1_800, 1, False, 48
+    page, held, count, batch_size = Page(96, 48, font_size=18), 256, 1_800, 48
 else:
-    page, held, count, terms, nested, batch_size = Page(64, 32, font_size=12), 64, 1_600, 1, False, 16
+    page, held, count, batch_size = Page(64, 32, font_size=12), 64, 1_600, 16
+kind = {"terms": 1, "nested": False}
 
-held_out = pictures(distinct(held, 1, terms=terms, nested=nested, without=symbols()), page)
+held_out = pictures(distinct(held, 1, **kind, without=symbols()), page)
 excluded, images = zip(*held_out, strict=True)
 truths = [formula.latex for formula in excluded]
-train = pictures(distinct(min(count, batch_size * STEPS), 2, terms=terms, nested=nested, without=excluded), page)
+train = pictures(distinct(min(count, batch_size * STEPS), 2, **kind, without=excluded), page)
 dataset = [{"text": formula.latex, "image": image} for formula, image in train]
 print(f"{len(dataset):,} formulas to learn from, {len(held_out)} held out, such as {truths[0]}")
 
@@ -61,12 +62,10 @@ base_started = time.perf_counter()
 learning_rate = 2e-4
 if MODEL is None:
     MODEL, learning_rate = str(OUTPUT / "base"), 2e-3  # small models take larger steps
-    # Symbols one by one come first, then formulas of more and more terms: a tower that begins with formulas takes far
-    # longer to find out what there is to see. Text without pictures comes last, for the same reason.
-    few = min(count, batch_size * BASE_STEPS)
-    courses = [distinct(n * n * few, 2 + n, terms=n, nested=False, without=excluded) for n in range(1, terms + 1)]
-    lessons = [(16 * symbols(), min(200, BASE_STEPS)), *((course, BASE_STEPS // terms) for course in courses)]
-    lessons.append((courses[-1], BASE_STEPS // 8 + 1))
+    # Symbols one by one come first: a tower that begins with formulas takes far longer to find out what there is to
+    # see. Text without pictures comes last, for the same reason.
+    formulas = distinct(min(count, batch_size * BASE_STEPS), 3, **kind, without=excluded)
+    lessons = [(16 * symbols(), min(200, BASE_STEPS)), (formulas, BASE_STEPS), (formulas, BASE_STEPS // 8 + 1)]
     width, layers = (256, 4) if ON_GPU else (128, 2)
     losses["base: reading aloud"] = make_base(
         Path(MODEL), lessons, page, width=width, layers=layers, batch_size=batch_size

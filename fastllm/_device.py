@@ -69,14 +69,14 @@ def device_info(kind: str, index: int = 0) -> Device:
     return Device("cpu", 0, "CPU", (0, 0), _host_bytes(), True, False)
 
 
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """CUDA's (major, minor) of one device, (0, 0) elsewhere."""
+def info_of(device: torch.device) -> Device:
+    """Facts of the device of a tensor."""
     import torch
 
     index = device.index
     if index is None and device.type == "cuda":
         index = torch.cuda.current_device()
-    return device_info(device.type, index or 0).capability
+    return device_info(device.type, index or 0)
 
 
 def default_device() -> Device:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._device import capability_of
+from .._device import info_of
 from .._notices import notice
 from .documents import Documents
 from .flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_serves
@@ -121,7 +121,7 @@ def choose_backend(
         return "autograd"
     params = torch.backends.cuda.SDPAParams(q, k, v, None, case.dropout, case.causal, q.shape[1] != k.shape[1])
     deterministic = torch.are_deterministic_algorithms_enabled()
-    is_hopper = capability_of(q.device) >= (9, 0)
+    is_hopper = info_of(q.device).capability >= (9, 0)
     if allow_cudnn and is_hopper and not deterministic and torch.backends.cuda.can_use_cudnn_attention(params):
         return "cudnn"
     if not deterministic and torch.backends.cuda.can_use_flash_attention(params):

@@ -84,6 +84,12 @@ def num_warps_for(elements: int) -> int:
     return min(max(next_power_of_2(elements) // 512, 1), 16)
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: fp32 products in three passes of NVIDIA's tensor cores, each with a part of the
+    bits; AMD's take fp32."""
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """`x [..., D]` as `[T, D]` with unit stride along D: a view where the strides allow one, else a copy."""
     rows = x.reshape(-1, x.shape[-1])

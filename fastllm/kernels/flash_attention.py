@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from .._device import capability_of
-from .dispatch import jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .._device import info_of
+from .dispatch import dot_precision, jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .documents import Documents
 from .soft_cap import soft_capped
 
@@ -47,7 +47,7 @@ def flash_attention_serves(q: torch.Tensor, dropout: float) -> bool:
     """Whether this kernel can run for queries `q`: it needs tensor cores that Triton knows, and knows no dropout."""
     if dropout or q.shape[-1] > MAX_HEAD_DIM.get(q.dtype, 0) or not use_triton(q):
         return False
-    return not q.is_cuda or capability_of(q.device) >= (8, 0)
+    return not q.is_cuda or info_of(q.device).has_tensor_core_dot
 
 
 def flash_attention_forward(
@@ -72,7 +72,7 @@ def flash_attention_forward(
         _flash_fwd_kernel[(triton.cdiv(length, tile["BLOCK_M"]), batch * heads)](
             q, k, v, out, lse, starts, ends, *_strides(q, k, v, out), heads, heads // k.shape[1], length, width,
             scaling, softcap or 1.0, min(window or length, length),
-            HAS_DOCUMENTS=documents is not None, HAS_CAP=softcap > 0, CAUSAL=causal, PRECISION=_precision(q.dtype),
+            HAS_DOCUMENTS=documents is not None, HAS_CAP=softcap > 0, CAUSAL=causal, PRECISION=dot_precision(q.dtype),
             **tile,
         )  # fmt: skip
     return out, lse
@@ -105,7 +105,7 @@ def flash_attention_backward(
         "HAS_DOCUMENTS": documents is not None,
         "HAS_CAP": softcap > 0,
         "CAUSAL": causal,
-        "PRECISION": _precision(q.dtype),
+        "PRECISION": dot_precision(q.dtype),
         **_tile(tiles[q.dtype.itemsize], width),
     }
     programs = triton.cdiv(length, flags["BLOCK_M"])
@@ -124,11 +124,6 @@ def _tile(tiles: dict[int, tuple[int, int, int, int]], width: int) -> dict[str, 
     block = max(next_power_of_2(width), 16)
     queries, keys, warps, stages = next(tile for widest, tile in tiles.items() if block <= widest)
     return {"BLOCK_M": queries, "BLOCK_N": keys, "BLOCK_E": block, "num_warps": warps, "num_stages": stages}
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products in three passes of NVIDIA's tensor cores, each with a part of the bits; AMD's take fp32."""
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:

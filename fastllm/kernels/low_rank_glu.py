@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .activation import activate, require_known
-from .dispatch import jit, launch_on, tl, triton, use_triton, vjp
+from .dispatch import dot_precision, jit, launch_on, tl, triton, use_triton, vjp
 from .glu import glu_reference
 from .projections import ProjectionGroup
 
@@ -71,7 +71,7 @@ def low_rank_glu_forward(
         with launch_on(gate):
             _low_rank_glu_fwd_kernel[(triton.cdiv(width, _COLUMNS), triton.cdiv(rows, _ROWS))](
                 gate, up, out, *terms, rows, width, gate.stride(0), up.stride(0), out.stride(0),
-                ACTIVATION=activation, **present, PRECISION=_precision(gate), ROWS=_ROWS, COLUMNS=_COLUMNS,
+                ACTIVATION=activation, **present, PRECISION=dot_precision(gate.dtype), ROWS=_ROWS, COLUMNS=_COLUMNS,
                 num_warps=8, num_stages=1,
             )  # fmt: skip
     return out
@@ -109,7 +109,7 @@ def low_rank_glu_backward(
             _low_rank_glu_bwd_kernel[(triton.cdiv(width, _COLUMNS), triton.cdiv(rows, _ROWS))](
                 dh, gate, up, dgate, dup, h_out, *terms, rows, width,
                 dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0), h_out.stride(0),
-                ACTIVATION=activation, **present, PRECISION=_precision(gate), ROWS=_ROWS, COLUMNS=_COLUMNS,
+                ACTIVATION=activation, **present, PRECISION=dot_precision(gate.dtype), ROWS=_ROWS, COLUMNS=_COLUMNS,
                 num_warps=8, num_stages=1,
             )  # fmt: skip
 
@@ -132,17 +132,14 @@ def _arguments(terms: tuple[LowRankTerm | None, ...], like: torch.Tensor) -> tup
     return arguments, present
 
 
-def _precision(x: torch.Tensor) -> str:
-    return "tf32x3" if x.dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
 @jit
-def _with_term(
-    value, left_ptr, right_ptr, rank, left_row, left_rank, right_rank, right_column, scaling,
+def _complete(
+    product_ptr, stride, left_ptr, right_ptr, rank, left_row, left_rank, right_rank, right_column, scaling,
     rows, cols, num_rows, width, HAS_TERM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of a product in fp32, with that of its term where there is one."""
-    value = value.to(tl.float32)
+    live = (rows < num_rows)[:, None] & (cols < width)[None, :]
+    value = tl.load(product_ptr + rows[:, None] * stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
     if HAS_TERM:
         for start in range(0, rank, 16):  # the fewest that tensor cores take
             ranks = start + tl.arange(0, 16)
@@ -171,12 +168,14 @@ def _low_rank_glu_fwd_kernel(
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     live = (rows < num_rows)[:, None] & (cols < width)[None, :]
-    gate = tl.load(gate_ptr + rows[:, None] * gate_stride + cols[None, :], mask=live, other=0.0)
-    up = tl.load(up_ptr + rows[:, None] * up_stride + cols[None, :], mask=live, other=0.0)
-    gate = _with_term(gate, gate_left, gate_right, gate_rank, gl_row, gl_rank, gr_rank, gr_column, gate_scaling,
-                      rows, cols, num_rows, width, HAS_GATE, PRECISION)  # fmt: skip
-    up = _with_term(up, up_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,
-                    rows, cols, num_rows, width, HAS_UP, PRECISION)  # fmt: skip
+    gate = _complete(
+        gate_ptr, gate_stride, gate_left, gate_right, gate_rank, gl_row, gl_rank, gr_rank, gr_column, gate_scaling,
+        rows, cols, num_rows, width, HAS_GATE, PRECISION,
+    )  # fmt: skip
+    up = _complete(
+        up_ptr, up_stride, up_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,
+        rows, cols, num_rows, width, HAS_UP, PRECISION,
+    )  # fmt: skip
     acted, _ = activate(gate, ACTIVATION)
     tl.store(h_ptr + rows[:, None] * h_stride + cols[None, :], (acted * up).to(h_ptr.dtype.element_ty), mask=live)
 
@@ -194,15 +193,18 @@ def _low_rank_glu_bwd_kernel(
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     live = (rows < num_rows)[:, None] & (cols < width)[None, :]
-    gate = tl.load(gate_ptr + rows[:, None] * gate_stride + cols[None, :], mask=live, other=0.0)
-    up = tl.load(up_ptr + rows[:, None] * up_stride + cols[None, :], mask=live, other=0.0)
-    dh = tl.load(dh_ptr + rows[:, None] * dh_stride + cols[None, :], mask=live, other=0.0)
-    gate = _with_term(gate, gate_left, gate_right, gate_rank, gl_row, gl_rank, gr_rank, gr_column, gate_scaling,
-                      rows, cols, num_rows, width, HAS_GATE, PRECISION)  # fmt: skip
-    up = _with_term(up, up_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,
-                    rows, cols, num_rows, width, HAS_UP, PRECISION)  # fmt: skip
-    dh = _with_term(dh, dh_left, dh_right, dh_rank, hl_row, hl_rank, hr_rank, hr_column, dh_scaling,
-                    rows, cols, num_rows, width, HAS_DH, PRECISION)  # fmt: skip
+    gate = _complete(
+        gate_ptr, gate_stride, gate_left, gate_right, gate_rank, gl_row, gl_rank, gr_rank, gr_column, gate_scaling,
+        rows, cols, num_rows, width, HAS_GATE, PRECISION,
+    )  # fmt: skip
+    up = _complete(
+        up_ptr, up_stride, up_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,
+        rows, cols, num_rows, width, HAS_UP, PRECISION,
+    )  # fmt: skip
+    dh = _complete(
+        dh_ptr, dh_stride, dh_left, dh_right, dh_rank, hl_row, hl_rank, hr_rank, hr_column, dh_scaling,
+        rows, cols, num_rows, width, HAS_DH, PRECISION,
+    )  # fmt: skip
     acted, slope = activate(gate, ACTIVATION)
     # Outputs may lie where other threads read: all have read by here.
     tl.debug_barrier()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .._device import capability_of
+from .._device import info_of
 from .._notices import notice, warn
 
 # Compute capabilities that its kernels cover; later ones have torch's own flash and cuDNN kernels.
@@ -58,7 +58,7 @@ def xformers_runs(device: torch.device, dtype: torch.dtype) -> bool:
 
 def xformers_serves(q: torch.Tensor, dropout: float) -> bool:
     """Whether a case of CUDA queries `q`, fp16 or bf16, can run through xformers here."""
-    capability = capability_of(q.device)
+    capability = info_of(q.device).capability
     lowest, highest = _CAPABILITIES
     is_covered = lowest <= capability <= highest and (q.dtype == torch.float16 or capability >= (8, 0))
     if dropout or not is_covered or not xformers_runs(q.device, q.dtype):

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.older_gpus import OLDER_GPUS, hold_to
 from fastllm import _device
-from fastllm._device import Device, capability_of
+from fastllm._device import Device, info_of
 
 
 def test_fastllm_sees_the_older_gpu(monkeypatch):
@@ -21,7 +21,7 @@ def test_fastllm_sees_the_older_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: kernels.update(cudnn=on))
     hold_to("t4")
     seen = _device.device_info("cuda", 0)
-    assert capability_of(torch.device("cuda:0")) == (7, 5) == OLDER_GPUS["t4"].capability
+    assert info_of(torch.device("cuda:0")).capability == (7, 5) == OLDER_GPUS["t4"].capability
     assert not seen.has_bf16 and not seen.has_tensor_core_dot and seen.name == hopper.name
     assert fractions == [14.741 / 80] and seen.total_bytes == int(14.741 * 2**30)
     assert kernels == {"flash": False, "cudnn": False}

@@ -68,4 +68,5 @@ def narrow_extension(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> N
 
 def see_capability(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
     """Let fastllm take every device for an NVIDIA GPU of this compute capability."""
-    monkeypatch.setattr(_device, "device_info", lambda kind, index=0: SimpleNamespace(capability=(major, minor)))
+    seen = SimpleNamespace(capability=(major, minor), has_tensor_core_dot=(major, minor) >= (8, 0))
+    monkeypatch.setattr(_device, "device_info", lambda kind, index=0: seen)

@@ -77,10 +77,10 @@ RMS_NORM = {
 }  # fmt: skip
 LOW_RANK_GLU = {
     "term_of_up_is_gates": Bug(
-        "up = _with_term(up, up_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,\n"
-        "                    rows, cols, num_rows, width, HAS_UP, PRECISION)  # fmt: skip\n    acted, _ =",
-        "up = _with_term(up, gate_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,\n"
-        "                    rows, cols, num_rows, width, HAS_UP, PRECISION)  # fmt: skip\n    acted, _ =",
+        "up_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,\n"
+        "        rows, cols, num_rows, width, HAS_UP, PRECISION,\n    )  # fmt: skip\n    acted, _ =",
+        "gate_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,\n"
+        "        rows, cols, num_rows, width, HAS_UP, PRECISION,\n    )  # fmt: skip\n    acted, _ =",
         checks(check_low_rank_glu, 5, 40),
     ),
     "scaling_ignored": Bug("(right.to(tl.float32) * scaling)", "right.to(tl.float32)",
