@@ -64,11 +64,13 @@ def make_base(
         is_last = number == len(drawn)
         if is_last:
             rows += [conversation(WRITE, formula.latex) for formula, _ in shown]
+        # All passes over the rows in one epoch: the processes that make batches then start once.
+        passes = -(-steps * batch_size // len(rows))
         trainer = SFTTrainer(
             model=model,
             processing_class=processor,
             data_collator=UnslothVisionDataCollator(model, processor, train_on_responses_only=True, resize="max"),
-            train_dataset=rows,
+            train_dataset=rows * passes,
             args=SFTConfig(
                 per_device_train_batch_size=batch_size,
                 max_steps=steps,
@@ -96,7 +98,7 @@ def machine() -> dict[str, Any]:
         return {}
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     precision = {"bf16": True} if is_bf16_supported() else {"fp16": True}
-    return {**precision, "dataloader_num_workers": workers, "dataloader_persistent_workers": True}
+    return {**precision, "dataloader_num_workers": workers}
 
 
 def conversation(instruction: str, answer: str, image: Image.Image | None = None) -> dict[str, Any]:
