@@ -1,6 +1,7 @@
 """An embedding in host memory: it holds one row in some hundred thousand that a step reads, and no arithmetic.
 
-Its rows are read on the host and sent to where the tokens came from, which waits for the device once in a forward.
+NVIDIA GPUs read its rows themselves. For other devices they are read on the host and sent to where the tokens came
+from, which waits for the device once in a forward.
 """
 
 from __future__ import annotations
@@ -11,18 +12,28 @@ import torch
 from torch import nn
 
 from .._notices import notice
+from ..kernels.host_rows import host_table, is_readable, read_rows
 from .model_methods import TRAINED_IN_FULL
 
 
-class _InHostMemory:
-    """Mixed into the class of one embedding. Moving the model to a device leaves the weight in host memory."""
+class _InHostMemory(nn.Embedding):
+    """Put below the class of one embedding. Moving the model to a device leaves the weight in host memory."""
 
-    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        rows = super().forward(input.to(self.weight.device))  # pyright: ignore[reportAttributeAccessIssue]
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        is_trained = self.weight.requires_grad and torch.is_grad_enabled()
+        if is_readable(self.weight, input.device) and self.max_norm is None and not is_trained:
+            return read_rows(self.weight, input)
+        rows = super().forward(input.to(self.weight.device))
         return rows.to(input.device, non_blocking=True)
 
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        return super()._apply(lambda tensor: fn(tensor).to("cpu"), recurse)  # pyright: ignore[reportAttributeAccessIssue]
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor is not self.weight:
+                return fn(tensor)
+            dtype = fn(tensor.new_empty(0)).dtype  # to find this out the table itself goes nowhere
+            return tensor if dtype == tensor.dtype else host_table(tensor.to(dtype))
+
+        return super()._apply(moved, recurse)
 
 
 def offload_embedding(model: Any) -> None:
@@ -32,12 +43,14 @@ def offload_embedding(model: Any) -> None:
     if reason is not None:
         notice(f"fastllm: offload_embedding=True is left out: {reason}")
         return
-    freed = embedding.weight.numel() * embedding.weight.element_size()
+    freed = embedding.weight.nbytes
     device = embedding.weight.device
-    embedding.to("cpu")
+    embedding.weight.data = host_table(embedding.weight)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # else the process would go on holding it
-    embedding.__class__ = type(type(embedding).__name__, (_InHostMemory, type(embedding)), {"__module__": __name__})
+    kind = type(embedding)
+    bases = (_InHostMemory,) if kind is nn.Embedding else (kind, _InHostMemory)
+    embedding.__class__ = type(kind.__name__, bases, {"__module__": __name__})
     notice(f"fastllm: the embedding is in host memory, which frees {freed / 2**30:.2f} GiB of the GPU's")
 
 

@@ -28,6 +28,7 @@ from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
 from fastllm.kernels.fp8 import Fp8Matrix, quantize_rows, transposed_values
 from fastllm.kernels.glu import glu, glu_backward
+from fastllm.kernels.host_rows import read_rows
 from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
@@ -93,6 +94,8 @@ def launches(dtype: torch.dtype) -> None:
     for columns in (1024, 4096, 14336, 28672):  # widths of projections, alone and joined
         quantize_rows(new(ROWS, columns))
         transposed_values(quantize_rows(new(ROWS, columns), factors=torch.ones(columns)))
+    for width in (2304, 4096):
+        read_rows(new(ROWS, width), torch.arange(ROWS))
     x = new(ROWS, 4096)
     for count in (1, 2, 3):
         projections = [Projection(new(256, 4096), None, new(16, 4096), new(256, 16), 2.0) for _ in range(count)]

@@ -42,6 +42,28 @@ def test_moving_the_model_leaves_it(offloaded):
     assert device_of(offloaded).type == "meta" and embedding.weight.device.type == "cpu"
 
 
+def test_its_table_goes_nowhere_meanwhile(offloaded):
+    """A trainer moves the model to the GPU; a table that went along would take its memory for a moment."""
+    embedding, seen = offloaded.get_input_embeddings(), []
+
+    def move(tensor):
+        seen.append(tensor.numel())
+        return tensor.clone()
+
+    before = embedding.weight.data_ptr()
+    embedding._apply(move)
+    assert embedding.weight.data_ptr() == before and seen == [0]
+
+
+def test_families_do_to_its_rows_what_they_do(monkeypatch):
+    """Gemma scales them."""
+    monkeypatch.setattr(embedding_offload, "_reason_to_stay", lambda *_: None)
+    model, plain = (build(FAMILIES["gemma3_text"]) for _ in range(2))
+    embedding_offload.offload_embedding(model)
+    ids = batch(plain.config)["input_ids"]
+    assert torch.equal(model.get_input_embeddings()(ids), plain.get_input_embeddings()(ids))
+
+
 def test_where_it_stays(checkpoint, tied_checkpoint, messages):
     for folder, reason in ((checkpoint, "the model is in host memory already"), (tied_checkpoint, "it is the head")):
         model, _ = FastLanguageModel.from_pretrained(
