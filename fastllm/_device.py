@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -105,6 +106,59 @@ def product_rate(device: torch.device) -> float:
         return float("inf")
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count * _PRODUCT_RATES.get(properties.major, 1e12)
+
+
+# Bytes a second between host and GPU, one way, by major compute capability: PCIe 3 and 4, and 5 for what is newer.
+_LINK_RATES = {7: 11e9, 8: 22e9}
+
+
+def host_link_rate(device: torch.device) -> float:
+    """Bytes a second that copies from pinned memory to an NVIDIA GPU reach, or back, roughly."""
+    import torch
+
+    return _LINK_RATES.get(torch.cuda.get_device_properties(device).major, 50e9)
+
+
+def free_host_bytes() -> int:
+    """Bytes of host memory that this process can still take, as one of those on this machine that train together.
+
+    The limit of a container counts; zero where the system does not say.
+    """
+    free = [_named_number(Path("/proc/meminfo"), "MemAvailable:", 1024), *map(_room_of_group, _CONTROL_GROUPS)]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    return min((value for value in free if value is not None), default=0) // processes
+
+
+# What limits a container's memory, in control groups of version 2 and 1: folder; files of limit and use; and in
+# memory.stat the names of the file cache that the use counts, and that is given up when memory runs short.
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    (
+        "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)  # fmt: skip
+
+
+def _room_of_group(group: tuple[str, str, str, tuple[str, ...]]) -> int | None:
+    folder, limit_file, use_file, caches = group
+    try:
+        limit, use = ((Path(folder) / file).read_text(encoding="ascii").strip() for file in (limit_file, use_file))
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    cached = sum(_named_number(Path(folder) / "memory.stat", name, 1) or 0 for name in caches)
+    return max(0, int(limit) - int(use) + cached)
+
+
+def _named_number(file: Path, name: str, unit: int) -> int | None:
+    """The number behind `name` at the start of a line, times `unit`; None where there is no such line."""
+    try:
+        lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+        return next((int(words[1]) * unit for words in lines if words[0] == name), None)
+    except OSError:
+        return None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import (
-    AttentionResult,
-    attention_backward,
-    attention_forward,
-)
+from .attention import attention_backward, attention_forward
+from .decoder_activations import Activations, Offload
 from .dispatch import compute_dtype, no_autocast, rows_of
+from .fp8 import Fp8Matrix
 from .glu import glu_backward, glu_forward
 from .layer_definition import NORMS, DecoderLayer, Keep, LayerCall, Norm
 from .lora import (
@@ -44,34 +42,6 @@ from .rms_norm import rms_norm_backward, rms_norm_forward
 from .rope import rope_apply
 
 
-@dataclass(slots=True, eq=False)
-class _Activations:
-    """Everything that a backward reads. Rows are [T, width]; a `low_rank` is x A^T of its group."""
-
-    x: torch.Tensor
-    input_rstd: torch.Tensor
-    qkv_raw: torch.Tensor | None  # before the head norms, where the layer has them
-    query_rstd: torch.Tensor | None
-    key_rstd: torch.Tensor | None
-    qkv: torch.Tensor
-    qkv_low_rank: torch.Tensor | None
-    qkv_masks: list[torch.Tensor | None]
-    attention: AttentionResult
-    output_low_rank: torch.Tensor | None
-    output_masks: list[torch.Tensor | None]
-    attention_out: torch.Tensor | None  # o's output, where a norm reads it
-    attention_out_rstd: torch.Tensor | None
-    middle: torch.Tensor  # a, the residual stream after attention
-    middle_rstd: torch.Tensor
-    gate_up: torch.Tensor | None  # freed as soon as its gradient is known; without LoRA's term where that is separate
-    gate_up_low_rank: torch.Tensor | None
-    gate_up_masks: list[torch.Tensor | None]
-    down_low_rank: torch.Tensor | None = None
-    down_masks: Sequence[torch.Tensor | None] = (None,)
-    mlp_out: torch.Tensor | None = None  # down's output, where a norm reads it
-    mlp_out_rstd: torch.Tensor | None = None
-
-
 def decoder_layer(x: torch.Tensor, layer: DecoderLayer, call: LayerCall) -> torch.Tensor:
     """The layer under autograd: gradients for x and for every trainable tensor of `layer.parameters()`."""
     return _DecoderLayer.apply(x, layer, call, *layer.parameters())
@@ -84,11 +54,11 @@ class DecoderPass:
     layer: DecoderLayer
     dtype: torch.dtype
 
-    def forward(self, x: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, _Activations | None, str]:
-        return _forward_pass(self.layer, call, x, self.dtype, keep_all=call.keep is Keep.ALL)
+    def forward(self, x: torch.Tensor, call: LayerCall) -> tuple[torch.Tensor, Activations | None, str]:
+        return _forward_pass(self.layer, call, x, self.dtype, call.keep)
 
     def backward(
-        self, dy: torch.Tensor, x: torch.Tensor, call: LayerCall, kept: _Activations | None, backend: str,
+        self, dy: torch.Tensor, x: torch.Tensor, call: LayerCall, kept: Activations | None, backend: str,
         needs: Sequence[bool],
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
         return _backward_pass(self.layer, call, dy, lambda: x, self.dtype, kept, backend, needs, rng=None)
@@ -98,16 +68,16 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, call, *parameters):
         ctx.layer, ctx.call, ctx.dtype = layer, call, compute_dtype(x, layer.qkv.dtype)
-        needs_backward = any(ctx.needs_input_grad)
-        keep_all = needs_backward and call.keep is Keep.ALL
+        keep = call.keep if any(ctx.needs_input_grad) else None
         draws = call.attention.dropout > 0 or draws_masks(layer)
-        ctx.rng = random_state(x.device) if needs_backward and not keep_all and draws else None
+        ctx.rng = random_state(x.device) if keep not in (None, Keep.ALL) and draws else None
         with no_autocast(x.device.type):
-            y, ctx.kept, ctx.backend = _forward_pass(layer, call, x, ctx.dtype, keep_all=keep_all)
+            y, ctx.kept, ctx.backend = _forward_pass(layer, call, x, ctx.dtype, None if ctx.rng is not None else keep)
         ctx.fetch = None
-        if needs_backward and call.keep is Keep.OFFLOADED_INPUT:
-            assert call.offload is not None
-            ctx.fetch = call.offload(x)
+        if keep is not None and keep.is_offloaded:
+            if ctx.kept is None:
+                assert call.offload is not None
+                (ctx.fetch,) = call.offload([x])
             ctx.save_for_backward(*parameters)
         else:
             ctx.save_for_backward(*parameters, x)
@@ -131,13 +101,18 @@ class _DecoderLayer(torch.autograd.Function):
 
 
 def _forward_pass(
-    layer: DecoderLayer, call: LayerCall, x: torch.Tensor, dtype: torch.dtype, *, keep_all: bool
-) -> tuple[torch.Tensor, _Activations | None, str]:
-    """(y, what a backward reads where it is kept, the attention kernel)"""
+    layer: DecoderLayer, call: LayerCall, x: torch.Tensor, dtype: torch.dtype, keep: Keep | None
+) -> tuple[torch.Tensor, Activations | None, str]:
+    """(y, what a backward reads where it is kept, here or in host memory; the attention kernel)"""
     weights = PreparedGroups(layer, dtype, call.kept_weights, shared=False)
-    state = _activations(layer, call, weights, x, dtype, needs_backward=keep_all)
+    keep_all, offload = keep is Keep.ALL, call.offload if keep is Keep.OFFLOADED_ATTENTION else None
+    state = _activations(
+        layer, call, weights, x, dtype, needs_backward=keep_all or offload is not None, offload=offload
+    )
     y = _mlp_output(layer, weights, state, keep=keep_all).add_(state.middle).view(x.shape)
-    return y, state if keep_all else None, state.attention.backend
+    if state.is_away:
+        state.let_go()
+    return y, state if keep_all or state.is_away else None, state.attention.backend
 
 
 def _backward_pass(
@@ -146,17 +121,23 @@ def _backward_pass(
     dy: torch.Tensor,
     fetch: Callable[[], torch.Tensor],
     dtype: torch.dtype,
-    state: _Activations | None,
+    state: Activations | None,
     backend: str,
     needs: Sequence[bool],
     *,
     rng: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x and of `layer.parameters()`, where `needs` asks for them. Without `state` the forward from
-    `fetch()`, its input, runs again: with the same attention kernel and random numbers."""
-    weights = PreparedGroups(layer, dtype, call.kept_weights, shared=state is None and not call.frees_weights)
-    is_fresh = state is None
-    if state is None:
+    `fetch()`, its input, runs again: with the same attention kernel and random numbers; with a state that is away, its
+    second half does."""
+    is_fresh = state is None or state.is_away
+    weights = PreparedGroups(layer, dtype, call.kept_weights, shared=is_fresh and not call.frees_weights)
+    if state is not None and state.is_away:
+        state.bring_back_middle()
+        _add_gate_up(layer, weights, state, *_mlp_input(layer, state.middle, dtype)[0], needs_backward=True)
+        if layer.mlp_out_norm is not None:
+            _mlp_output(layer, weights, state, keep=True)
+    elif state is None:
         x = fetch()
         with replayed(rng, x.device):
             state = _activations(layer, call, weights, x, dtype, needs_backward=True, backend=backend)
@@ -181,8 +162,10 @@ def _activations(
     *,
     needs_backward: bool,
     backend: str | None = None,
-) -> _Activations:
-    """The forward up to gate and up. `backend` repeats the attention kernel of an earlier run."""
+    offload: Offload | None = None,
+) -> Activations:
+    """The forward up to gate and up. `backend` repeats the attention kernel of an earlier run; `offload` takes the
+    attention half, unless autograd's graph has a hold of it."""
     rows = rows_of(x)
     batch, length = x.shape[:2]
 
@@ -200,7 +183,9 @@ def _activations(
     q, k, v = _heads(layer, qkv, batch, length)
     rope_apply(q, k, call.cos, call.sin, q, k)
     backend = backend or call.choose_backend(q, k, v, call.attention)
-    attended = attention_forward(q, k, v, call.attention, backend, needs_backward=needs_backward)
+    offload = None if backend == "autograd" else offload
+    needs_result = needs_backward or offload is not None
+    attended = attention_forward(q, k, v, call.attention, backend, needs_backward=needs_result)
 
     out_rows = attended.out.transpose(1, 2).reshape(rows.shape[0], layer.output.in_features)
     projected, output_low_rank, output_masks = project(weights.take("output"), out_rows)
@@ -208,35 +193,58 @@ def _activations(
     if layer.attention_out_norm is not None:
         attention_out = projected
         projected, attention_out_rstd = _normed(attention_out, layer.attention_out_norm, rows.dtype)
-    norm, fp8 = layer.post_norm, layer.gate_up.fp8_input(rows)
-    extended = layer.gate_up.input_buffer(rows, dtype)
-    hidden = extended[:, : layer.gate_up.in_features]
-    _, middle, middle_rstd = rms_norm_forward(
-        rows, norm.weight, norm.eps, offset=norm.offset, residual=projected.to(rows.dtype), out=hidden, fp8=fp8
-    )
+    mlp_input, middle, middle_rstd = _mlp_input(layer, rows, dtype, residual=projected.to(rows.dtype))
     del projected
-    # The spare columns let the backward overlay the gradient of gate and up on their values.
-    gate_up = layer.gate_up.output_buffer(rows, dtype)
-    _, gate_up_low_rank, gate_up_masks = project(
-        weights.take("gate_up"), hidden, extended=extended, fp8=fp8, out=gate_up[:, : layer.gate_up.out_features],
-        leaves_term=True,
-    )  # fmt: skip
-    if not layer.gate_up.has_separate_term:
-        gate_up_low_rank = _detached_copy(gate_up_low_rank, needs_backward)
-    return _Activations(
+    state = Activations(
         x=rows, input_rstd=input_rstd, qkv_raw=qkv_raw if query_rstd is not None else None, query_rstd=query_rstd,
         key_rstd=key_rstd, qkv=qkv, qkv_low_rank=qkv_low_rank, qkv_masks=qkv_masks, attention=attended,
         output_low_rank=output_low_rank, output_masks=output_masks, attention_out=attention_out,
         attention_out_rstd=attention_out_rstd, middle=middle, middle_rstd=middle_rstd,
-        gate_up=gate_up, gate_up_low_rank=gate_up_low_rank, gate_up_masks=gate_up_masks,
     )  # fmt: skip
+    if offload is not None:
+        state.send_away(offload)
+    _add_gate_up(layer, weights, state, *mlp_input, needs_backward=needs_backward)
+    return state
 
 
-def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: _Activations, *, keep: bool) -> torch.Tensor:
+def _mlp_input(
+    layer: DecoderLayer, rows: torch.Tensor, dtype: torch.dtype, *, residual: torch.Tensor | None = None
+) -> tuple[tuple[torch.Tensor, Fp8Matrix | None], torch.Tensor, torch.Tensor]:
+    """((the second norm's output in the buffer of gate and up's product, the same in FP8), rows plus `residual`, which
+    is what it takes, and their rstd)"""
+    norm, fp8 = layer.post_norm, layer.gate_up.fp8_input(rows)
+    extended = layer.gate_up.input_buffer(rows, dtype)
+    _, total, rstd = rms_norm_forward(
+        rows, norm.weight, norm.eps, offset=norm.offset, residual=residual,
+        out=extended[:, : layer.gate_up.in_features], fp8=fp8,
+    )  # fmt: skip
+    return (extended, fp8), total, rstd
+
+
+def _add_gate_up(
+    layer: DecoderLayer,
+    weights: PreparedGroups,
+    state: Activations,
+    extended: torch.Tensor,
+    fp8: Fp8Matrix | None,
+    *,
+    needs_backward: bool,
+) -> None:
+    # The spare columns let the backward overlay the gradient of gate and up on their values.
+    state.gate_up = layer.gate_up.output_buffer(extended, extended.dtype)
+    _, low_rank, state.gate_up_masks = project(
+        weights.take("gate_up"), extended[:, : layer.gate_up.in_features], extended=extended, fp8=fp8,
+        out=state.gate_up[:, : layer.gate_up.out_features], leaves_term=True,
+    )  # fmt: skip
+    # Where it is separate, the product's reader wants it, too.
+    state.gate_up_low_rank = low_rank if layer.gate_up.has_separate_term else _detached_copy(low_rank, needs_backward)
+
+
+def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: Activations, *, keep: bool) -> torch.Tensor:
     """Rows [T, D] that the MLP adds to the residual stream, in its dtype."""
     assert state.gate_up is not None
     prepared = weights.take("down")
-    extended = layer.down.input_buffer(state.x, state.gate_up.dtype)
+    extended = layer.down.input_buffer(state.gate_up, state.gate_up.dtype)
     hidden = extended[:, : layer.down.in_features]
     gate, up = _gate_and_up(layer, state.gate_up)
     if layer.gate_up.has_separate_term:
@@ -258,7 +266,7 @@ def _backward(
     layer: DecoderLayer,
     call: LayerCall,
     weights: PreparedGroups,
-    state: _Activations,
+    state: Activations,
     dy: torch.Tensor,
     needs: tuple[bool, ...],
     dtype: torch.dtype,
@@ -311,6 +319,7 @@ def _backward(
     )
     del prepared, dgate_up, dgate_up_extended, hidden, dy_low_rank
 
+    state.bring_back()
     in_place = state.middle.dtype == dtype and layer.attention_out_norm is None
     extended = layer.output.output_buffer(dy, dtype)
     dout_rows = extended[:, : layer.output.out_features]
@@ -328,8 +337,7 @@ def _backward(
         dout_rows.copy_(dmiddle)
     del dhidden
 
-    result = state.attention
-    out_rows = result.out.transpose(1, 2).reshape(dy.shape[0], layer.output.in_features)
+    result, out_rows = state.attention, state.attended
     prepared = weights.take("output", last=True)
     dout, dy_low_rank = input_grad(prepared, dout_rows, state.output_masks, extended=extended)
     assert dout is not None
@@ -389,7 +397,7 @@ def _gate_and_up(layer: DecoderLayer, joined: torch.Tensor | None) -> tuple[torc
     return joined[:, gate_columns], joined[:, up_columns]
 
 
-def _terms_of_gate_and_up(layer: DecoderLayer, state: _Activations) -> tuple[LowRankTerm | None, LowRankTerm | None]:
+def _terms_of_gate_and_up(layer: DecoderLayer, state: Activations) -> tuple[LowRankTerm | None, LowRankTerm | None]:
     """What LoRA adds to `state.gate_up`, where it was left out."""
     if not layer.gate_up.has_separate_term or state.gate_up_low_rank is None:
         return None, None
@@ -432,7 +440,7 @@ def _norm_heads(layer: DecoderLayer, raw: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _norm_heads_backward(
-    layer: DecoderLayer, state: _Activations, dqkv: torch.Tensor, needs_norm: dict[str, bool]
+    layer: DecoderLayer, state: Activations, dqkv: torch.Tensor, needs_norm: dict[str, bool]
 ) -> dict[str, torch.Tensor | None]:
     """Turn the gradients of the normalised q and k, inside `dqkv`, into those of the raw ones. Returns the weights'."""
     assert state.qkv_raw is not None and state.query_rstd is not None and state.key_rstd is not None

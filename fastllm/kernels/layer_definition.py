@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention import AttentionCase, attention_reference, choose_backend
+from .decoder_activations import Offload
 from .glu import glu_reference
 from .kept_weights import KeptWeights
 from .lora import ProjectionGroup, project_reference
@@ -26,6 +27,11 @@ class Keep(enum.Enum):
     ALL = "keep"  # every activation that the backward reads
     INPUT = "recompute"  # its input only; the rest is computed again
     OFFLOADED_INPUT = "offload"  # its input only, in host memory
+    OFFLOADED_ATTENTION = "offload with attention"  # everything up to its second half, in host memory
+
+    @property
+    def is_offloaded(self) -> bool:
+        return self in (Keep.OFFLOADED_INPUT, Keep.OFFLOADED_ATTENTION)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,22 +87,24 @@ class DecoderLayer:
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCall:
     """What differs from call to call: rotary angles [B or 1, S, rotary_dim], the attention case and who picks its
-    backend, what to keep, and for `Keep.OFFLOADED_INPUT` where to put the input: `offload(x)` returns what fetches it
-    back; `kept_weights` is where dequantised weights stay until the next call, None frees them after use, which
-    `frees_weights` makes a recomputation do, too, before the backward needs them again."""
+    backend, what to keep, and `offload`, which takes to host memory what is kept there.
+
+    `kept_weights` is where dequantised weights stay until the next call; None frees them after use, which
+    `frees_weights` makes a recomputation do, too, before the backward needs them again.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
     attention: AttentionCase
     keep: Keep = Keep.ALL
-    offload: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None
+    offload: Offload | None = None
     choose_backend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCase], str] = choose_backend
     kept_weights: KeptWeights | None = None
     frees_weights: bool = False
 
     def __post_init__(self) -> None:
-        if self.keep is Keep.OFFLOADED_INPUT and self.offload is None:
-            raise ValueError("Keep.OFFLOADED_INPUT needs `offload`, which says where the input goes")
+        if self.keep.is_offloaded and self.offload is None:
+            raise ValueError(f"{self.keep} needs `offload`, which says where to")
 
 
 def qkv_widths(qkv: ProjectionGroup, output: ProjectionGroup) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from ..kernels.attention import AttentionCase, attention
 from ..kernels.decoder_layer import DecoderPass, decoder_layer
 from ..kernels.dispatch import compute_dtype
 from ..kernels.glu import glu
-from ..kernels.layer_definition import DecoderLayer, Keep, LayerCall, qkv_widths
+from ..kernels.layer_definition import DecoderLayer, LayerCall, qkv_widths
 from ..kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LabelCount,
@@ -163,7 +163,7 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
             cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights, planner.frees_weights
         )
         recorded = None
-        if keep is not Keep.OFFLOADED_INPUT and not draws_masks(layer) and not has_foreign_hooks(self):
+        if not keep.is_offloaded and not draws_masks(layer) and not has_foreign_hooks(self):
             dtype = compute_dtype(hidden_states, layer.qkv.dtype)
             how = Recordable(self, fused_layer, lambda layer: DecoderPass(layer, dtype), decoder_layer, self.hands_on)
             recorded = planner.recordings.find(

@@ -7,18 +7,19 @@ layers. It only ever trades time: every plan gives the same gradients, bit for b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from .._device import free_bytes
+from .._device import free_bytes, free_host_bytes, host_link_rate, product_rate
 from .._errors import ArgumentError
 from .._notices import notice
 from ..kernels.attention import AttentionCase, choose_backend
 from ..kernels.kept_weights import KeptWeights
 from ..kernels.layer_definition import DecoderLayer, Keep
 from ..kernels.vision_block import VisionBlock
+from .host_offload import HostOffload
 from .recordings import Recordings, most_rows
 from .weight_keeping import WeightKeeper
 
@@ -36,6 +37,8 @@ _SMALL_INPUTS = 64 * 2**20
 # A vision tower whose inputs take no more is recorded with the least memory as well: what that takes beside them, about
 # as much again, brings back more than half of the time of such a step.
 _RECORDED_TOWER_INPUTS = 256 * 2**20
+# Part of the host's free memory that activations may take; they take up to a third more than their bytes.
+_HOST_SHARE = 0.4
 # cuDNN compiles a plan for each new shape (0.1 s on an H200); it pays once this much attention, in queries times keys,
 # has been computed at that shape.
 _CUDNN_AFTER_SCORES = 2**25
@@ -98,6 +101,8 @@ class ActivationPlanner:
         if index <= self._last_index:
             self._begin(x, layer)
         self._last_index = index
+        if not self._plan[index].is_offloaded:
+            self._offload.let_go()
         return self._plan[index]
 
     def kept_weights(self, index: int, x: torch.Tensor) -> KeptWeights | None:
@@ -108,7 +113,7 @@ class ActivationPlanner:
     def frees_weights(self) -> bool:
         """Whether layers of this forward dequantise their weights once more in the backward, one group at a time: the
         largest of a layer need as much memory as all else in it. Small batches, which wait for the host, do not."""
-        return self.setting == "offload" and Keep.OFFLOADED_INPUT in self._plan
+        return self.setting == "offload" and any(keep.is_offloaded for keep in self._plan)
 
     def spares_recordings(self, inputs: int, device: torch.device) -> bool:
         """Whether layers whose inputs take so many bytes are not recorded, for the sake of memory: a recording holds
@@ -120,8 +125,8 @@ class ActivationPlanner:
         self.recordings.release()
         self._weights.release(reason)
 
-    def offload(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return self._offload.put(x)
+    def offload(self, tensors: Sequence[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
+        return self._offload.put(tensors)
 
     def attention_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
         """The attention kernel of this forward: the same in all layers that see the same shapes."""
@@ -176,7 +181,7 @@ class ActivationPlanner:
         # The last layer alone would hold a workspace beside that of the others.
         self.recordings.begin(
             "decoder", x, layer, lambda: _recorded_bytes(LayerBytes.of(layer, x.dtype), tokens, self.num_layers, kept),
-            is_wanted=Keep.OFFLOADED_INPUT not in self._plan,
+            is_wanted=not any(keep.is_offloaded for keep in self._plan),
         )  # fmt: skip
 
     def _make_plan(self, layer: DecoderLayer, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Keep]:
@@ -187,11 +192,12 @@ class ActivationPlanner:
         if self.setting is True:
             return [Keep.INPUT] * count
         sizes = LayerBytes.of(layer, dtype)
-        can_offload = device.type == "cuda" and count * sizes.layer_input * tokens > _SMALL_INPUTS
-        floor = Keep.OFFLOADED_INPUT if can_offload else Keep.INPUT
+        floor = self._floor(sizes, tokens, device)
         if self.setting == "offload":
             # The last layer's input is wanted back at once.
-            return [floor] * (count - 1) + [Keep.INPUT]
+            plan = [floor] * (count - 1) + [Keep.INPUT]
+            _tell_of_host(plan, tokens, sizes)
+            return plan
         self.recordings.release()
         free = free_bytes(device) + self._weights.nbytes
         budget = free - _MARGIN * free - _MARGIN_BYTES - self.reserved_bytes - sizes.transient(tokens)
@@ -204,10 +210,24 @@ class ActivationPlanner:
         spare = budget - count * (sizes.layer_input + sizes.stash) * tokens if kept == count else 0
         spare -= _recorded_bytes(sizes, tokens, count, count) if tokens <= most_rows(layer) else 0
         self._weights.allow(spare, sizes.kept_weights, device, f"a batch of up to {tokens:,} tokens takes the memory")
-        held = tokens * (kept * sizes.stash + (count - plan.count(Keep.OFFLOADED_INPUT)) * sizes.layer_input)
+        held = tokens * (kept * sizes.stash + (kept + on_device) * sizes.layer_input)
         self.recordings.beside = max(self.recordings.beside, held + sizes.transient(tokens))
         self._tell(plan, tokens, sizes, held, free)
+        _tell_of_host(plan, tokens, sizes)
         return plan
+
+    def _floor(self, sizes: LayerBytes, tokens: int, device: torch.device) -> Keep:
+        """What a layer keeps at the least: its input, here where the inputs of all layers are small, else on the host;
+        or there all of its attention half, where the host has room and the copies cost no more than they spare."""
+        if device.type != "cuda" or self.num_layers * sizes.layer_input * tokens <= _SMALL_INPUTS:
+            return Keep.INPUT
+        copying = sizes.attention_half / host_link_rate(device)
+        spared = sizes.attention_flops / product_rate(device)
+        forward = (sizes.attention_flops + sizes.mlp_flops) / product_rate(device)
+        room = _HOST_SHARE * free_host_bytes()
+        if copying < forward + spared and self.num_layers * sizes.attention_half * tokens < room:
+            return Keep.OFFLOADED_ATTENTION
+        return Keep.OFFLOADED_INPUT
 
     def _tell(self, plan: list[Keep], tokens: int, sizes: LayerBytes, held: int, free: int) -> None:
         counts = {keep: plan.count(keep) for keep in Keep}
@@ -222,18 +242,32 @@ class ActivationPlanner:
         self._told = line
 
 
+def _tell_of_host(plan: list[Keep], tokens: int, sizes: LayerBytes) -> None:
+    on_host = tokens * (
+        plan.count(Keep.OFFLOADED_INPUT) * sizes.layer_input
+        + plan.count(Keep.OFFLOADED_ATTENTION) * sizes.attention_half
+    )
+    if on_host:
+        what = "inputs" if Keep.OFFLOADED_INPUT in plan else "inputs and attention halves"
+        notice(f"fastllm: {what} of layers wait in host memory: about {on_host / GIB:.1f} GiB for {tokens:,} tokens")
+
+
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
-    """Bytes a token that a layer holds (`stash` beside its input when it keeps all, `layer_input` always), what its
-    backward needs at most for a moment, what its weights take where they stay dequantised, and what all gradients of
-    its trained parameters take."""
+    """Bytes a token that a layer holds (`stash` beside its input when it keeps all, `layer_input` always; of both
+    `attention_half` is what comes before the MLP), what its backward needs at most for a moment, what its weights take
+    where they stay dequantised, and what all gradients of its trained parameters take. Beside them the arithmetic of
+    the matrix products of its halves, a token and forward."""
 
     stash: int
     layer_input: int
+    attention_half: int
     backward: int
     weights: int
     kept_weights: int
     gradients: int
+    attention_flops: int
+    mlp_flops: int
 
     @classmethod
     def of(cls, layer: DecoderLayer, dtype: torch.dtype) -> LayerBytes:
@@ -243,6 +277,9 @@ class LayerBytes:
         extensions = sum(group.extension for group in layer.groups())
         raw = qkv if layer.query_norm is not None else 0
         normed = sum(norm is not None for norm in (layer.attention_out_norm, layer.mlp_out_norm))
+        has_out_norm = layer.attention_out_norm is not None
+        attention_half = qkv + raw + attended + (2 + has_out_norm) * width
+        attention_half += layer.qkv.extension + layer.output.extension
         stash = size * (qkv + raw + attended + (1 + normed) * width + 2 * inner + extensions)
         stash += 4 * (attended // layer.head_dim + 4 + normed)
         backward = size * (5 * inner + (6 + 2 * normed) * width + 2 * qkv + attended)
@@ -253,7 +290,15 @@ class LayerBytes:
         # Under autocast they are smaller than this.
         widest = max(dtype, layer.qkv.dtype or dtype, key=lambda dtype: dtype.itemsize)
         kept_weights = sum(group.kept_bytes(widest) for group in layer.groups())
-        return cls(stash, size * width, backward, size * (total + largest), kept_weights, gradient_bytes(layer))
+        attention_flops, mlp_flops = (
+            sum(2 * group.in_features * group.out_features for group in groups)
+            for groups in ((layer.qkv, layer.output), (layer.gate_up, layer.down))
+        )
+        return cls(
+            stash=stash, layer_input=size * width, attention_half=size * attention_half, backward=backward,
+            weights=size * (total + largest), kept_weights=kept_weights, gradients=gradient_bytes(layer),
+            attention_flops=attention_flops, mlp_flops=mlp_flops,
+        )  # fmt: skip
 
     def transient(self, tokens: int) -> int:
         """The most that is alive at once besides what the layers keep: a layer's backward, or the head's chunks."""
@@ -278,77 +323,3 @@ def block_bytes(block: VisionBlock, dtype: torch.dtype) -> int:
     extensions = sum(group.extension for group in block.groups())
     kept = 2 * width + block.qkv.out_features + attended + block.up.out_features + extensions
     return dtype.itemsize * kept + 4 * (attended // block.head_dim + 4)
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """One layer input on its way: `arrived` is set, with `value` on the device, once its way back has started."""
-
-    host: torch.Tensor
-    device: torch.device
-    stream: torch.cuda.Stream
-    previous: _Slot | None
-    value: torch.Tensor | None = None
-    arrived: torch.cuda.Event | None = None
-
-
-@dataclass(eq=False)
-class HostOffload:
-    """Layer inputs in pinned host memory: out on a side stream while the layers run, back one layer ahead of need.
-
-    Device memory is taken and given back on the compute stream alone, which waits for the copies, so that it is free
-    again in stream order: memory that a side stream is recorded on piles up while the host runs ahead.
-    """
-
-    _last: _Slot | None = None
-    _leaving: tuple[torch.Tensor, torch.cuda.Event] | None = None
-    _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo: dict) -> HostOffload:
-        return HostOffload()  # streams and slots belong to one model's present step
-
-    def begin(self) -> None:
-        self._last = self._leaving = None
-
-    def put(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start the copy of x to the host. Returns the function that gives it back, on x's device."""
-        stream = self._streams.setdefault(x.device, torch.cuda.Stream(x.device))
-        self._let_go()
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            host.copy_(x, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(stream)
-        self._leaving = (x, copied)
-        slot = self._last = _Slot(host, x.device, stream, self._last)
-
-        def fetch() -> torch.Tensor:
-            self._let_go()
-            self._bring_back(slot)
-            if slot.previous is not None:
-                self._bring_back(slot.previous)
-            assert slot.value is not None and slot.arrived is not None
-            torch.cuda.current_stream(slot.device).wait_event(slot.arrived)
-            value, slot.value = slot.value, None
-            return value
-
-        return fetch
-
-    def _let_go(self) -> None:
-        """Drop the tensor whose copy was started last, now that the next one is there."""
-        if self._leaving is not None:
-            x, copied = self._leaving
-            torch.cuda.current_stream(x.device).wait_event(copied)
-            self._leaving = None
-
-    @staticmethod
-    def _bring_back(slot: _Slot) -> None:
-        if slot.arrived is not None:
-            return
-        slot.value = torch.empty(slot.host.shape, dtype=slot.host.dtype, device=slot.device)
-        slot.stream.wait_stream(torch.cuda.current_stream(slot.device))
-        with torch.cuda.stream(slot.stream):
-            slot.value.copy_(slot.host, non_blocking=True)
-            slot.arrived = torch.cuda.Event()
-            slot.arrived.record(slot.stream)

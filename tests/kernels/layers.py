@@ -1,7 +1,7 @@
 """Small decoder layers, as tensors for the kernels and as Hugging Face models with PEFT run them."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,10 +100,10 @@ def layer_of(spec: Spec, tensors: Mapping) -> DecoderLayer:
     return DecoderLayer(**norms, **groups, activation=spec.activation, head_dim=spec.head_dim)
 
 
-def to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+def to_host(tensors: Sequence[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
     """Offloads the way a memory planner does, without its streams."""
-    on_host = x.detach().to("cpu", copy=True)
-    return lambda: on_host.to(x.device, copy=True)
+    copies = [(tensor.device, tensor.detach().to("cpu", copy=True).contiguous()) for tensor in tensors]
+    return [functools.partial(copy.to, device, copy=True) for device, copy in copies]
 
 
 def call_of(setting: Setting, spec: Spec, **changes) -> LayerCall:

@@ -13,7 +13,7 @@ from fastllm.kernels.layer_definition import Keep, LayerCall, decoder_layer_refe
 
 from . import eager
 from .conftest import SETTINGS
-from .layers import Spec, call_of, eager_layer, layer_of, masks_of, parameters_of
+from .layers import Spec, call_of, eager_layer, layer_of, masks_of, parameters_of, to_host
 from .parity import Biased, Limit, OverLimit, Setting, Tensors, check_op, wide
 from .quantized import dequantized, quantize
 
@@ -207,7 +207,7 @@ def check_keep_modes(setting: Setting, spec: Spec) -> None:
         function = functools.partial(eager.attention, scaling=0.25)
         call = dataclasses.replace(call, attention=dataclasses.replace(call.attention, function=function))
     expected, state = run_layer(setting, spec, Keep.ALL, call)
-    for keep in (Keep.INPUT, Keep.OFFLOADED_INPUT):
+    for keep in (Keep.INPUT, Keep.OFFLOADED_INPUT, Keep.OFFLOADED_ATTENTION):
         found, state_now = run_layer(setting, spec, keep, call)
         for name, tensor in expected.items():
             if not tensor.equal(found[name]):
@@ -228,6 +228,28 @@ KEEP_SPECS = {
 @pytest.mark.parametrize("spec", KEEP_SPECS.values(), ids=KEEP_SPECS.keys())
 def test_keep_modes_give_the_same_bits(setting, spec):
     check_keep_modes(setting, spec)
+
+
+@pytest.mark.parametrize("name", ["nf4", "trained", "out_norms", "dropout"])
+def test_an_offloaded_attention_half_comes_back_as_it_was(setting, name):
+    """None of it is computed again, unless random numbers are drawn; the bits are those of a layer that keeps all."""
+    spec, sent = dataclasses.replace(KEEP_SPECS[name], dropout=0.3 if name == "dropout" else 0.0), []
+
+    def offload(tensors):
+        sent.append(len(tensors))
+        return to_host(tensors)
+
+    call = call_of(setting, spec, choose_backend=lambda *_: "triton", offload=offload)
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected, _ = run_layer(setting, spec, Keep.ALL, call)
+        found, _ = run_layer(setting, spec, Keep.OFFLOADED_ATTENTION, call)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # The input alone; or beside it the residual stream, attention's output, q, k and v, low-rank inputs, raw values.
+    assert sent == {"nf4": [7], "trained": [6], "out_norms": [7], "dropout": [1]}[name]
+    for part, tensor in expected.items():
+        assert tensor.equal(found[part]), part
 
 
 def test_frozen_input(fp32):
@@ -271,7 +293,9 @@ def test_nothing_trainable(fp32, keep):
         assert not y.requires_grad and y.equal(decoder_layer(x.requires_grad_(), layer, call))
 
 
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.OFFLOADED_INPUT], ids=lambda keep: keep.name.lower())
+@pytest.mark.parametrize(
+    "keep", [Keep.ALL, Keep.OFFLOADED_INPUT, Keep.OFFLOADED_ATTENTION], ids=lambda keep: keep.name.lower()
+)
 def test_second_backward_is_refused(fp32, keep):
     spec = Spec(weights="dense")
     x = fp32.randn(spec.batch, spec.length, spec.width).requires_grad_()

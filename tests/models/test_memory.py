@@ -5,11 +5,14 @@ import torch
 
 from fastllm._device import free_bytes
 from fastllm._errors import ArgumentError
-from fastllm.kernels.layer_definition import Keep
+from fastllm.kernels.attention import AttentionCase
+from fastllm.kernels.decoder_layer import decoder_layer
+from fastllm.kernels.layer_definition import Keep, LayerCall
 from fastllm.models import memory
 from fastllm.models.fp8_compute import use_fp8
 from fastllm.models.fused_parts import fused_layer
-from fastllm.models.memory import GIB, ActivationPlanner, HostOffload, LayerBytes, checkpointing_setting
+from fastllm.models.host_offload import HostOffload
+from fastllm.models.memory import GIB, ActivationPlanner, LayerBytes, checkpointing_setting
 from fastllm.models.model_methods import PLANNER
 
 from .families import FAMILIES, batch, build, fast_copy, step, with_lora
@@ -39,6 +42,15 @@ def test_settings(value, expected):
 def test_unknown_settings_raise(value):
     with pytest.raises(ArgumentError, match="offload"):
         checkpointing_setting(value)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A GPU and its host as the planner sees them: no room for more than inputs on the host."""
+    rates = {"product_rate": 1e14, "host_link_rate": 1e10}
+    for name, rate in rates.items():
+        monkeypatch.setattr(memory, name, lambda device, rate=rate: rate)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 0)
 
 
 def plan(monkeypatch, layer, free, *, tokens=4096, layers=32, device="cuda", reserved=0):
@@ -107,7 +119,9 @@ def test_the_estimate_of_what_a_layer_keeps_is_what_it_keeps(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_plan_gives_the_same_bits(family, device):
+def test_every_plan_gives_the_same_bits(family, device, monkeypatch):
+    monkeypatch.setattr(memory, "_SMALL_INPUTS", 0)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 64 * GIB)
     fast = with_lora(fast_copy(build(FAMILIES[family], device=device)))
     inputs = batch(FAMILIES[family], device=device)
     planner = getattr(fast.get_base_model(), PLANNER)
@@ -163,15 +177,63 @@ def test_weights_are_freed_where_inputs_are_offloaded(layer, setting, tokens, fr
     assert planner.frees_weights == frees
 
 
+@pytest.mark.parametrize(
+    ("room", "link", "expected"),
+    [
+        (64 * GIB, 1e13, Keep.OFFLOADED_ATTENTION),
+        (GIB // 4, 1e13, Keep.OFFLOADED_INPUT),
+        (64 * GIB, 1e9, Keep.OFFLOADED_INPUT),
+    ],
+)
+@pytest.mark.parametrize("setting", ["offload", "fastllm"])
+def test_attention_goes_to_a_host_with_room_and_a_fast_link(
+    monkeypatch, layer, messages, setting, room, link, expected
+):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: room)
+    monkeypatch.setattr(memory, "host_link_rate", lambda device: link)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    planner = ActivationPlanner(32, setting)
+    made = planner._make_plan(layer, 65536, torch.device("cuda"), torch.bfloat16)
+    assert made == [expected] * 31 + [Keep.INPUT]
+    sizes = LayerBytes.of(layer, torch.bfloat16)
+    each = sizes.attention_half if expected is Keep.OFFLOADED_ATTENTION else sizes.layer_input
+    what = "inputs and attention halves" if expected is Keep.OFFLOADED_ATTENTION else "inputs"
+    told = f"{what} of layers wait in host memory: about {31 * 65536 * each / GIB:.1f} GiB for 65,536 tokens"
+    assert told in messages()
+
+
+def test_the_estimate_of_an_attention_half_is_what_goes_to_the_host(layer):
+    sent = []
+
+    def offload(tensors):
+        sent.extend(tensors)
+        return [tensor.clone for tensor in tensors]
+
+    x = torch.randn(1, 40, 128, requires_grad=True)
+    angles = (torch.ones(1, 40, layer.head_dim), torch.zeros(1, 40, layer.head_dim))
+    case = AttentionCase(layer.head_dim**-0.5)
+    call = LayerCall(*angles, case, Keep.OFFLOADED_ATTENTION, offload, choose_backend=lambda *_: "triton")
+    decoder_layer(x, layer, call).sum().backward()
+    assert sum(tensor.nbytes for tensor in sent) == 40 * LayerBytes.of(layer, torch.float32).attention_half
+
+
 @pytest.mark.gpu
-def test_offloaded_inputs_come_back_equal():
+@pytest.mark.parametrize("layers_tensors", [1, 3])
+def test_offloaded_tensors_come_back_equal(layers_tensors):
+    """Layer after layer sends away some tensors; from the last on they come back, while memory is used again."""
     offload = HostOffload()
     offload.begin()
-    inputs = [torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
-    expected = [x.clone() for x in inputs]
+
+    def new():
+        return torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+
+    layers = [[new() for _ in range(layers_tensors)] for _ in range(6)]
+    expected = [[tensor.clone() for tensor in tensors] for tensors in layers]
     fetchers = []
-    while inputs:
-        fetchers.append(offload.put(inputs.pop(0)))
-        torch.randn(512, 1024, device="cuda")  # would reuse memory that is freed too early
-    for fetch, x in zip(reversed(fetchers), reversed(expected), strict=True):
-        assert torch.equal(fetch(), x)
+    while layers:
+        fetchers.append(offload.put(layers.pop(0)))
+        new()  # would reuse memory that is freed too early
+    for fetches, tensors in zip(reversed(fetchers), reversed(expected), strict=True):
+        for fetch, tensor in zip(fetches, tensors, strict=True):
+            assert torch.equal(fetch(), tensor)
+            new()
