@@ -45,17 +45,18 @@ def class_of(slice_: Slice) -> str:
 
 
 def breakdown(slices: Iterable[Slice], longest: int = 15) -> dict[str, Any]:
-    """Milliseconds of each class, the gaps in which nothing runs, and the kernels that take longest.
+    """Milliseconds of each class, the gaps in which nothing runs, the kernels that take longest and the longest gaps.
 
     Slices that run at once (copies beside products) are counted in full in their classes; `busy_ms` counts them once.
     """
     slices = sorted(slices, key=lambda one: one.start)
     if not slices:
-        return {"span_ms": 0.0, "busy_ms": 0.0, "gaps_ms": 0.0, "classes_ms": {}, "kernels": []}
+        return {"span_ms": 0.0, "busy_ms": 0.0, "gaps_ms": 0.0, "classes_ms": {}, "kernels": [], "gaps": []}
     classes: Counter[str] = Counter()
     names: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    busy, until = 0.0, slices[0].start
+    busy, until, last = 0.0, slices[0].start, slices[0]
+    gaps: list[tuple[float, str, str]] = []
     for one in slices:
         kind = class_of(one)
         label = f"{kind}: {one.name[:70]}"
@@ -63,7 +64,10 @@ def breakdown(slices: Iterable[Slice], longest: int = 15) -> dict[str, Any]:
         names[label] += one.end - one.start
         calls[label] += 1
         busy += max(0.0, one.end - max(one.start, until))
-        until = max(until, one.end)
+        if one.start > until:
+            gaps.append((one.start - until, last.name[:70], one.name[:70]))
+        if one.end >= until:
+            until, last = one.end, one
     span = until - slices[0].start
     return {
         "span_ms": round(span / 1e3, 2), "busy_ms": round(busy / 1e3, 2), "gaps_ms": round((span - busy) / 1e3, 2),
@@ -71,6 +75,10 @@ def breakdown(slices: Iterable[Slice], longest: int = 15) -> dict[str, Any]:
         "kernels": [
             {"name": label, "ms": round(value / 1e3, 2), "calls": calls[label]}
             for label, value in names.most_common(longest)
+        ],
+        "gaps": [
+            {"ms": round(length / 1e3, 2), "after": before, "until": after}
+            for length, before, after in sorted(gaps, reverse=True)[:5]
         ],
     }  # fmt: skip
 

@@ -108,6 +108,7 @@ def test_the_breakdown_counts_overlaps_once_and_finds_gaps():
     assert (found["span_ms"], found["busy_ms"], found["gaps_ms"]) == (6.5, 5.5, 1.0)
     assert found["classes_ms"] == {"gemm": 5.0, "copies": 2.0, "elementwise": 0.5}
     assert found["kernels"][0] == {"name": "gemm: gemm", "ms": 5.0, "calls": 2}
+    assert [gap["ms"] for gap in found["gaps"]] == [1.0]
     assert breakdown([])["span_ms"] == 0
 
 
