@@ -20,7 +20,7 @@ ALL_PYTHON = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglo
 # Each room imports only from rooms on floors below its own, and from itself. The package's `__init__` resolves names
 # of every floor when they are asked for; of it, rooms read the version.
 FLOORS = [
-    {"_errors", "_notices", "_device", "_compat"},
+    {"_errors", "_notices", "_device", "_compat", "_locked_memory"},
     {"kernels", "gguf", "text", "images"},
     {"chat_templates", "data", "packing", "videos", "vision_rows"},
     {"vision_data"},

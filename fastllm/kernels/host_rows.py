@@ -7,38 +7,20 @@ Shapes: table [V, D]; indices [...]; rows [..., D].
 Source: NVIDIA, "CUDA C++ Programming Guide", section "Mapped Memory".
 """
 
-import mmap
-
 import torch
 
+from .._locked_memory import locked_bytes
 from .dispatch import jit, launch_on, next_power_of_2, tl, triton, use_triton
 
 _BLOCK = 4096
 
 
-class _LockedPages(mmap.mmap):
-    """Pages that stay where they are, for a GPU to read, until nobody holds them."""
-
-    _address: int | None = None
-
-    def lock(self, address: int) -> bool:
-        if int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0)) != 0:  # pyright: ignore[reportOptionalMemberAccess]
-            return False
-        self._address = address
-        return True
-
-    def __del__(self) -> None:
-        if self._address is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._address)  # pyright: ignore[reportOptionalMemberAccess]
-
-
 def host_table(values: torch.Tensor) -> torch.Tensor:
-    """A copy of `values [V, D]` in host memory, locked for NVIDIA GPUs where there are any and the system allows it."""
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    """A copy of `values [V, D]` in host memory, locked where that can be."""
+    memory = locked_bytes(values.nbytes)
+    if memory is None:
         return values.detach().cpu().clone()
-    pages = _LockedPages(-1, values.nbytes)
-    table = torch.frombuffer(pages, dtype=values.dtype).view(values.shape).copy_(values.detach())
-    return table if pages.lock(table.data_ptr()) else table.clone()
+    return memory.view(values.dtype).view(values.shape).copy_(values.detach())
 
 
 def is_readable(table: torch.Tensor, device: torch.device) -> bool:

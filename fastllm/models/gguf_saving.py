@@ -43,7 +43,7 @@ from .calibration import CalibrationData, Moments, calibrate
 from .gguf_processor import chat_template_of, image_settings, processor_of, saved_tokenizer, tokenizer_of
 from .merge_plan import MergePlan, plan_merge
 from .merging import finite_block, merged_config, tell_source
-from .modes import release_weights
+from .modes import release_for_saving
 from .patch import unwrapped
 
 _DEFAULT = "fast_quantized"
@@ -141,7 +141,7 @@ def save_gguf(model: Any, request: GgufRequest) -> dict[str, Any]:
     check_request(model, request)
     if request.save_method == "lora":
         return _written(request, [_save_lora(model, request)], None, full_precision=True)
-    release_weights(model, "the model is saved")
+    release_for_saving(model)
     tokenizer = tokenizer_of(model, request.tokenizer)
     template = chat_template_of(model, request.tokenizer)
     methods = _methods(request, str(model.dtype))

@@ -1,4 +1,4 @@
-"""Activations in pinned host memory: out on a side stream while the layers run, back ahead of need."""
+"""Activations in host memory: out on a side stream while the layers run, back ahead of need."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from .._locked_memory import locked_bytes
+
+_ALIGNMENT = 512  # bytes; what copies of a tensor like to start at
 
 
 @dataclass(slots=True, eq=False)
@@ -19,16 +23,6 @@ class _Slot:
     value: torch.Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
-    def start_back(self) -> None:
-        if self.arrived is not None:
-            return
-        self.value = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            self.value.copy_(self.host, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record(self.stream)
-
     def arrive(self) -> torch.Tensor:
         assert self.value is not None and self.arrived is not None
         torch.cuda.current_stream(self.device).wait_event(self.arrived)
@@ -36,11 +30,59 @@ class _Slot:
         return value
 
 
-@dataclass(slots=True, eq=False)
+def _start_back(slots: Sequence[_Slot]) -> None:
+    """Start those on their way that are not."""
+    slots = [slot for slot in slots if slot.arrived is None]
+    for slot in slots:
+        slot.value = torch.empty(slot.host.shape, dtype=slot.host.dtype, device=slot.device)
+    if slots:
+        stream = slots[0].stream
+        stream.wait_stream(torch.cuda.current_stream(slots[0].device))
+        with torch.cuda.stream(stream):
+            for slot in slots:
+                assert slot.value is not None
+                slot.value.copy_(slot.host, non_blocking=True)
+                slot.arrived = torch.cuda.Event()
+                slot.arrived.record(stream)
+
+
+@dataclass(eq=False)
+class _Memory:
+    """Locked host memory, used again from parcel to parcel.
+
+    All copies of a device run on one stream: a piece may be given back, and taken again, while they are on their way.
+    """
+
+    stream: torch.cuda.Stream
+    _free: list[torch.Tensor] = field(default_factory=list)
+
+    def take(self, count: int) -> torch.Tensor:
+        """uint8 of at least `count` bytes."""
+        self._free.sort(key=torch.Tensor.numel)
+        for index, piece in enumerate(self._free):
+            if piece.numel() >= count:
+                return self._free.pop(index)
+        if self._free:  # longer batches come: a short piece makes room for a long one
+            self.stream.synchronize()
+            del self._free[0]
+        piece = locked_bytes(count)
+        return torch.empty(count, dtype=torch.uint8, pin_memory=True) if piece is None else piece
+
+    def give(self, piece: torch.Tensor) -> None:
+        self._free.append(piece)
+
+    def release(self) -> None:
+        self.stream.synchronize()
+        self._free.clear()
+
+
+@dataclass(eq=False)
 class _Parcel:
     """What one layer sent away, in the order in which it will want it back."""
 
     slots: list[_Slot]
+    piece: torch.Tensor
+    memory: _Memory
     previous: _Parcel | None
     is_asked_for: bool = False
 
@@ -49,11 +91,11 @@ class _Parcel:
         the layer before will want first: it is wanted at once, the rest while that layer computes."""
         if not self.is_asked_for:
             self.is_asked_for = True
-            for slot in self.slots:
-                slot.start_back()
-            if self.previous is not None:
-                self.previous.slots[0].start_back()
+            _start_back(self.slots if self.previous is None else [*self.slots, self.previous.slots[0]])
         return self.slots[index].arrive()
+
+    def __del__(self) -> None:
+        self.memory.give(self.piece)
 
 
 @dataclass(eq=False)
@@ -67,7 +109,7 @@ class HostOffload:
 
     _last: _Parcel | None = None
     _leaving: tuple[list[torch.Tensor], torch.cuda.Event] | None = None
-    _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
+    _memories: dict[torch.device, _Memory] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> HostOffload:
         return HostOffload()  # streams and parcels belong to one model's present step
@@ -76,21 +118,31 @@ class HostOffload:
         """A forward starts."""
         self._last = self._leaving = None
 
+    def release(self) -> None:
+        """Give back the host memory that no parcel is in."""
+        self.begin()
+        for memory in self._memories.values():
+            memory.release()
+
     def put(self, tensors: Sequence[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
         """Start the copies of tensors of one device to the host. Returns what gives each back, on that device."""
         device = tensors[0].device
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._memories:
+            self._memories[device] = _Memory(torch.cuda.Stream(device))
+        memory = self._memories[device]
         self.let_go()
-        leaving, slots = [tensor.contiguous() for tensor in tensors], []
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for tensor in leaving:
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                slots.append(_Slot(host.copy_(tensor, non_blocking=True), device, stream))
+        leaving = [tensor.contiguous() for tensor in tensors]
+        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in leaving]
+        piece, slots = memory.take(sum(sizes)), []
+        memory.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(memory.stream):
+            for tensor, place in zip(leaving, piece[: sum(sizes)].split(sizes), strict=True):
+                host = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                slots.append(_Slot(host.copy_(tensor, non_blocking=True), device, memory.stream))
             copied = torch.cuda.Event()
-            copied.record(stream)
+            copied.record(memory.stream)
         self._leaving = (leaving, copied)
-        parcel = self._last = _Parcel(slots, self._last)
+        parcel = self._last = _Parcel(slots, piece, memory, self._last)
         return [functools.partial(self._fetch, parcel, index) for index in range(len(slots))]
 
     def let_go(self) -> None:

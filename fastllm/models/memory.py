@@ -37,8 +37,8 @@ _SMALL_INPUTS = 64 * 2**20
 # A vision tower whose inputs take no more is recorded with the least memory as well: what that takes beside them, about
 # as much again, brings back more than half of the time of such a step.
 _RECORDED_TOWER_INPUTS = 256 * 2**20
-# Part of the host's free memory that activations may take; they take up to a third more than their bytes.
-_HOST_SHARE = 0.4
+# Part of the host's free memory that activations may take.
+_HOST_SHARE = 0.5
 # cuDNN compiles a plan for each new shape (0.1 s on an H200); it pays once this much attention, in queries times keys,
 # has been computed at that shape.
 _CUDNN_AFTER_SCORES = 2**25
@@ -124,6 +124,10 @@ class ActivationPlanner:
         """Free every kept weight and recording; training that goes on makes them again."""
         self.recordings.release()
         self._weights.release(reason)
+
+    def release_host_memory(self) -> None:
+        """Give back the host memory for activations; training that goes on takes it again."""
+        self._offload.release()
 
     def offload(self, tensors: Sequence[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
         return self._offload.put(tensors)

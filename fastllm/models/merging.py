@@ -27,7 +27,7 @@ from .dynamic_4bit import RECIPE_FILE, FourBitRecipe, FourBitRequest, measured_r
 from .merge_checks import Divergence, check_files, check_logits
 from .merge_plan import MergePlan, Weight, keep_16bit, plan_merge
 from .model_methods import TOKENIZER
-from .modes import release_weights
+from .modes import release_for_saving
 from .patch import unwrapped
 from .staged_folder import staged_folder
 
@@ -132,7 +132,7 @@ def save_merged(model: Any, request: SaveRequest) -> list[Path]:
             files = _files_of(staging)
         notice(f"fastllm: saved {saved} to {request.folder}")
         return [request.folder / file for file in files]
-    release_weights(model, "the model is saved")
+    release_for_saving(model)
     max_bytes = None if request.max_shard_size is None else parse_size(request.max_shard_size)
     dynamic = method == "dynamic_4bit"
     plan = plan_merge(

@@ -42,6 +42,14 @@ def release_weights(base: Any, reason: str) -> None:
         planner.release_weights(reason)
 
 
+def release_for_saving(base: Any) -> None:
+    """Free what training keeps from step to step, on the device and on the host."""
+    release_weights(base, "the model is saved")
+    planner = getattr(base, PLANNER, None)
+    if planner is not None:
+        planner.release_host_memory()
+
+
 def checkpoint_blocks(base: Any, setting: bool | str) -> None:
     """transformers' own checkpointing for the blocks that no planner looks after: all of a model without fast classes,
     and the vision tower of one that has them. Whatever is not off recomputes every such block."""

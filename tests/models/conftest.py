@@ -5,6 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastllm.models import memory
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -56,3 +58,11 @@ def messages(capsys):
 
     forget_notices()
     return lambda: capsys.readouterr().out
+
+
+@pytest.fixture
+def full_host(monkeypatch):
+    """A GPU and its host as the planner sees them: no room for more than inputs on the host."""
+    for name, rate in {"product_rate": 1e14, "host_link_rate": 1e10}.items():
+        monkeypatch.setattr(memory, name, lambda device, rate=rate: rate)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 0)

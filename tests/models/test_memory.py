@@ -17,6 +17,8 @@ from fastllm.models.model_methods import PLANNER
 
 from .families import FAMILIES, batch, build, fast_copy, step, with_lora
 
+pytestmark = pytest.mark.usefixtures("full_host")
+
 
 @pytest.fixture
 def layer():
@@ -42,15 +44,6 @@ def test_settings(value, expected):
 def test_unknown_settings_raise(value):
     with pytest.raises(ArgumentError, match="offload"):
         checkpointing_setting(value)
-
-
-@pytest.fixture(autouse=True)
-def machine(monkeypatch):
-    """A GPU and its host as the planner sees them: no room for more than inputs on the host."""
-    rates = {"product_rate": 1e14, "host_link_rate": 1e10}
-    for name, rate in rates.items():
-        monkeypatch.setattr(memory, name, lambda device, rate=rate: rate)
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: 0)
 
 
 def plan(monkeypatch, layer, free, *, tokens=4096, layers=32, device="cuda", reserved=0):
@@ -202,7 +195,9 @@ def test_attention_goes_to_a_host_with_room_and_a_fast_link(
     assert told in messages()
 
 
-def test_the_estimate_of_an_attention_half_is_what_goes_to_the_host(layer):
+def test_the_estimate_of_an_attention_half_is_what_goes_to_the_host(layer, device):
+    if device.type == "cuda":
+        pytest.skip("a question of sizes alone, and the layer is on the CPU")
     sent = []
 
     def offload(tensors):
@@ -215,6 +210,33 @@ def test_the_estimate_of_an_attention_half_is_what_goes_to_the_host(layer):
     call = LayerCall(*angles, case, Keep.OFFLOADED_ATTENTION, offload, choose_backend=lambda *_: "triton")
     decoder_layer(x, layer, call).sum().backward()
     assert sum(tensor.nbytes for tensor in sent) == 40 * LayerBytes.of(layer, torch.float32).attention_half
+
+
+@pytest.mark.gpu
+def test_host_memory_is_taken_once():
+    """Parcels of the next step use it again, shorter ones too; longer ones take the place of shorter ones."""
+    offload = HostOffload()
+
+    def step(length):
+        offload.begin()
+        fetches = [offload.put([torch.full((length,), float(i), device="cuda")]) for i in range(3)]
+        for i, (fetch,) in reversed(list(enumerate(fetches))):
+            assert torch.equal(fetch(), torch.full((length,), float(i), device="cuda"))
+
+    def held():
+        (memory,) = offload._memories.values()
+        offload.begin()
+        return sorted((piece.data_ptr(), piece.numel()) for piece in memory._free)
+
+    step(1 << 20)
+    first = held()
+    step(1 << 20)
+    step(1000)
+    assert held() == first and [size for _, size in first] == [4 << 20] * 3
+    step(2 << 20)
+    assert [size for _, size in held()] == [8 << 20] * 3
+    offload.release()
+    assert held() == []
 
 
 @pytest.mark.gpu

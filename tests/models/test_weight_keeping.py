@@ -29,6 +29,7 @@ from ..kernels.repetition import repeat
 from .families import FAMILIES, batch, build, fast_copy, step, with_lora
 
 CONFIG = FAMILIES["llama"]
+pytestmark = pytest.mark.usefixtures("full_host")
 
 
 @pytest.fixture(scope="module")
