@@ -205,12 +205,10 @@ class ActivationPlanner:
         self.recordings.release()
         free = free_bytes(device) + self._weights.nbytes
         budget = free - _MARGIN * free - _MARGIN_BYTES - self.reserved_bytes - sizes.transient(tokens)
-        kept = max(0, min(count, int((budget - count * sizes.layer_input * tokens) // max(1, sizes.stash * tokens))))
-        recomputed = count - kept
-        on_device = recomputed
-        if kept == 0:
-            on_device = max(1, min(count, int(budget // max(1, sizes.layer_input * tokens))))
-        plan = [floor] * (recomputed - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
+        if floor is Keep.OFFLOADED_ATTENTION and tokens <= most_rows(layer):
+            floor = Keep.OFFLOADED_INPUT  # layers that wait for the host gain more from recordings
+        kept, on_device = self._layers_that_fit(sizes, tokens, budget, floor)
+        plan = [floor] * (count - kept - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
         spare = budget - count * (sizes.layer_input + sizes.stash) * tokens if kept == count else 0
         spare -= _recorded_bytes(sizes, tokens, count, count) if tokens <= most_rows(layer) else 0
         self._weights.allow(spare, sizes.kept_weights, device, f"a batch of up to {tokens:,} tokens takes the memory")
@@ -219,6 +217,20 @@ class ActivationPlanner:
         self._tell(plan, tokens, sizes, held, free)
         _tell_of_host(plan, tokens, sizes)
         return plan
+
+    def _layers_that_fit(self, sizes: LayerBytes, tokens: int, budget: float, floor: Keep) -> tuple[int, int]:
+        """How many layers keep everything, and how many of the others their input on the device."""
+        count = self.num_layers
+        layer_input, stash = sizes.layer_input * tokens, sizes.stash * tokens
+        kept = max(0, min(count, int((budget - count * layer_input) // max(1, stash))))
+        if floor is Keep.OFFLOADED_ATTENTION and kept < count:
+            # A layer whose attention half is on the host takes less here than one with its input, and is faster.
+            moving = sizes.attention_half * tokens + layer_input
+            kept = max(0, min(count - 1, int((budget - moving) // max(1, layer_input + stash))))
+            return kept, int(kept == 0)  # the last layer's input is wanted back at once
+        if kept == 0:
+            return 0, max(1, min(count, int(budget // max(1, layer_input))))
+        return kept, count - kept
 
     def _floor(self, sizes: LayerBytes, tokens: int, device: torch.device) -> Keep:
         """What a layer keeps at the least: its input, here where the inputs of all layers are small, else on the host;

@@ -80,6 +80,23 @@ def test_a_plan_fits_the_free_memory(monkeypatch, layer, free):
     assert [order.index(k) for k in made] == sorted(order.index(k) for k in made), "what is kept is freed first"
 
 
+@pytest.mark.parametrize("free", [0, GIB, 2 * GIB, 4 * GIB, 8 * GIB, 64 * GIB])
+def test_a_plan_beside_attention_halves_on_the_host_fits_too(monkeypatch, layer, free):
+    """It keeps as much of as many layers as without a host, or more: no layer's input stays for itself."""
+    sizes, tokens = LayerBytes.of(layer, torch.bfloat16), 65536
+    without = plan(monkeypatch, layer, free, tokens=tokens)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 640 * GIB)
+    monkeypatch.setattr(memory, "host_link_rate", lambda device: 1e13)
+    made = plan(monkeypatch, layer, free, tokens=tokens)
+    kept, away = made.count(Keep.ALL), made.count(Keep.OFFLOADED_ATTENTION)
+    held = tokens * (kept * sizes.stash + (32 - away) * sizes.layer_input + (away > 0) * sizes.attention_half)
+    floor = tokens * (sizes.layer_input + sizes.attention_half)
+    assert held + sizes.transient(tokens) <= max(free, floor + sizes.transient(tokens))
+    assert kept >= without.count(Keep.ALL) and (kept == 32 or away + max(1, kept) == 32)
+    small = plan(monkeypatch, layer, free, tokens=4096)
+    assert Keep.OFFLOADED_ATTENTION not in small, "smaller batches are recorded"
+
+
 def test_more_memory_keeps_more(monkeypatch, layer):
     kept = [plan(monkeypatch, layer, free * GIB, tokens=65536).count(Keep.ALL) for free in (1, 2, 4, 8, 64)]
     assert kept == sorted(kept) and kept[0] < kept[-1] == 32
