@@ -196,7 +196,7 @@ class ActivationPlanner:
         if self.setting is True:
             return [Keep.INPUT] * count
         sizes = LayerBytes.of(layer, dtype)
-        floor = self._floor(sizes, tokens, device)
+        floor = self._floor(layer, sizes, tokens, device)
         if self.setting == "offload":
             # The last layer's input is wanted back at once.
             plan = [floor] * (count - 1) + [Keep.INPUT]
@@ -205,8 +205,6 @@ class ActivationPlanner:
         self.recordings.release()
         free = free_bytes(device) + self._weights.nbytes
         budget = free - _MARGIN * free - _MARGIN_BYTES - self.reserved_bytes - sizes.transient(tokens)
-        if floor is Keep.OFFLOADED_ATTENTION and tokens <= most_rows(layer):
-            floor = Keep.OFFLOADED_INPUT  # layers that wait for the host gain more from recordings
         kept, on_device = self._layers_that_fit(sizes, tokens, budget, floor)
         plan = [floor] * (count - kept - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
         spare = budget - count * (sizes.layer_input + sizes.stash) * tokens if kept == count else 0
@@ -232,11 +230,13 @@ class ActivationPlanner:
             return 0, max(1, min(count, int(budget // max(1, layer_input))))
         return kept, count - kept
 
-    def _floor(self, sizes: LayerBytes, tokens: int, device: torch.device) -> Keep:
+    def _floor(self, layer: DecoderLayer, sizes: LayerBytes, tokens: int, device: torch.device) -> Keep:
         """What a layer keeps at the least: its input, here where the inputs of all layers are small, else on the host;
         or there all of its attention half, where the host has room and the copies cost no more than they spare."""
         if device.type != "cuda" or self.num_layers * sizes.layer_input * tokens <= _SMALL_INPUTS:
             return Keep.INPUT
+        if tokens <= most_rows(layer):
+            return Keep.OFFLOADED_INPUT  # the GPU waits for Python, which arithmetic that is spared does not change
         copying = sizes.attention_half / host_link_rate(device)
         spared = sizes.attention_flops / product_rate(device)
         forward = (sizes.attention_flops + sizes.mlp_flops) / product_rate(device)
