@@ -58,13 +58,14 @@ class _Memory:
 
     def take(self, count: int) -> torch.Tensor:
         """uint8 of at least `count` bytes."""
-        self._free.sort(key=torch.Tensor.numel)
-        for index, piece in enumerate(self._free):
-            if piece.numel() >= count:
-                return self._free.pop(index)
-        if self._free:  # longer batches come: a short piece makes room for a long one
+        # Autograd's threads may give pieces back meanwhile: at the end, so that the places before it stay.
+        sizes = [piece.numel() for piece in self._free]
+        fitting = [index for index, size in enumerate(sizes) if size >= count]
+        if fitting:
+            return self._free.pop(min(fitting, key=sizes.__getitem__))
+        if sizes:  # longer batches come: a short piece makes room for a long one
             self.stream.synchronize()
-            del self._free[0]
+            del self._free[sizes.index(min(sizes))]
         piece = locked_bytes(count)
         return torch.empty(count, dtype=torch.uint8, pin_memory=True) if piece is None else piece
 
