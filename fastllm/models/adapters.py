@@ -18,9 +18,9 @@ from .._notices import notice, warn
 from .embedding_offload import is_offloaded
 from .memory import checkpointing_setting
 from .mixed_precision import hold_in_fp32
-from .model_methods import CHECKPOINTING, PLANNER, TRAINED_IN_FULL
+from .model_methods import CHECKPOINTING, PLANNER, TRAINED_IN_FULL, ModelMethods
 from .modes import for_training
-from .patch import unwrapped
+from .patch import adapt_wrapper, unwrapped
 from .vision_layout import Parts, has_vision, target_pattern
 
 # Named as targets, these are trained in full: a low-rank update of an embedding learns new tokens badly.
@@ -144,6 +144,8 @@ def _ready(adapted: Any, setting: bool | str) -> Any:
         # A gradient and two optimiser states, all fp32.
         planner.reserved_bytes = sum(p.numel() * 12 for p in trained.values())
     _tell_trained(adapted, trained)
+    if isinstance(base, ModelMethods):
+        adapt_wrapper(adapted)
     return for_training(adapted, setting)
 
 

@@ -18,6 +18,7 @@ from .fp8_compute import fp8_note
 from .lora_view import FP8_COMPUTE, forget_groups
 from .memory import ActivationPlanner
 from .model_methods import PLANNER, ModelMethods
+from .module_walks import FastWalks
 from .vision_tower import BLOCK_INDEX, TOWER, attach_tower, fused_block, is_vision_block
 
 _ORIGINAL = "_fastllm_original_class"
@@ -96,6 +97,12 @@ def adapt(model: nn.Module, arch: Arch | None, planner_setting: bool | str) -> N
     for module in (model, *layers):
         setattr(module, PLANNER, planner)
     attach_tower(list(vision_blocks(model).values()), planner)
+
+
+def adapt_wrapper(peft_model: nn.Module) -> None:
+    """Retype a `PeftModel`, which trainers walk through in every step."""
+    kind = type(peft_model)
+    _retype(peft_model, type(kind.__name__, (FastWalks, kind), {"__module__": __name__}))
 
 
 def restore(model: nn.Module) -> nn.Module:
