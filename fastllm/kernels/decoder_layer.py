@@ -132,25 +132,39 @@ def _backward_pass(
     second half does."""
     is_fresh = state is None or state.is_away
     weights = PreparedGroups(layer, dtype, call.kept_weights, shared=is_fresh and not call.frees_weights)
-    if state is not None and state.is_away:
-        state.bring_back_middle()
-        _add_gate_up(layer, weights, state, *_mlp_input(layer, state.middle, dtype)[0], needs_backward=True)
-        if layer.mlp_out_norm is not None:
-            _mlp_output(layer, weights, state, keep=True)
-    elif state is None:
-        x = fetch()
-        with replayed(rng, x.device):
-            state = _activations(layer, call, weights, x, dtype, needs_backward=True, backend=backend)
-            # Down's masks come after every other random number of the layer.
-            if layer.mlp_out_norm is not None:
-                _mlp_output(layer, weights, state, keep=True)
-            else:
-                gate, _ = _gate_and_up(layer, state.gate_up)
-                state.down_masks = dropout_masks(layer.down, gate)
+    if is_fresh:
+        with replayed(rng, dy.device):
+            state = _activations_again(layer, call, weights, state, fetch, dtype, backend)
+    assert state is not None
     dx, grads = _backward(
         layer, call, weights, state, rows_of(dy), tuple(needs[1:]), dtype, needs_dx=needs[0], overwrite=is_fresh
     )
     return None if dx is None else dx.view(dy.shape), grads
+
+
+def _activations_again(
+    layer: DecoderLayer,
+    call: LayerCall,
+    weights: PreparedGroups,
+    state: Activations | None,
+    fetch: Callable[[], torch.Tensor],
+    dtype: torch.dtype,
+    backend: str,
+) -> Activations:
+    """What the forward had and did not keep: all of it, or the second half of a state whose first is away."""
+    if state is None:
+        state = _activations(layer, call, weights, fetch(), dtype, needs_backward=True, backend=backend)
+    else:
+        state.bring_back_middle()
+        mlp_input, _, _ = _mlp_input(layer, state.middle, dtype)
+        _add_gate_up(layer, weights, state, *mlp_input, needs_backward=True)
+    # Down's masks come after every other random number of the layer.
+    if layer.mlp_out_norm is not None:
+        _mlp_output(layer, weights, state, keep=True)
+    else:
+        gate, _ = layer.split_gate_up(state.gate_up)
+        state.down_masks = dropout_masks(layer.down, gate)
+    return state
 
 
 def _activations(
@@ -180,7 +194,7 @@ def _activations(
     qkv_raw, query_rstd, key_rstd = qkv, None, None
     if layer.query_norm is not None and layer.key_norm is not None:
         qkv, query_rstd, key_rstd = _norm_heads(layer, qkv)
-    q, k, v = _heads(layer, qkv, batch, length)
+    q, k, v = layer.split_heads(qkv, batch, length)
     rope_apply(q, k, call.cos, call.sin, q, k)
     backend = backend or call.choose_backend(q, k, v, call.attention)
     offload = None if backend == "autograd" else offload
@@ -246,7 +260,7 @@ def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: Activations
     prepared = weights.take("down")
     extended = layer.down.input_buffer(state.gate_up, state.gate_up.dtype)
     hidden = extended[:, : layer.down.in_features]
-    gate, up = _gate_and_up(layer, state.gate_up)
+    gate, up = layer.split_gate_up(state.gate_up)
     if layer.gate_up.has_separate_term:
         low_rank_glu_forward(gate, up, layer.activation, *_terms_of_gate_and_up(layer, state), out=hidden)
     else:
@@ -295,7 +309,7 @@ def _backward(
     dgate_up_extended = gate_up if overwrite else layer.gate_up.output_buffer(dy, dtype)
     dgate_up = dgate_up_extended[:, : layer.gate_up.out_features]
     # Either reads the gradient of down's input from `hidden` and leaves that input there.
-    values, grads = _gate_and_up(layer, gate_up), _gate_and_up(layer, dgate_up)
+    values, grads = layer.split_gate_up(gate_up), layer.split_gate_up(dgate_up)
     if layer.gate_up.has_separate_term or layer.down.has_separate_term:
         terms = _term_of_hidden(layer, dy_low_rank), *_terms_of_gate_and_up(layer, state)
         low_rank_glu_backward(hidden, *values, layer.activation, *terms, *grads, h_out=hidden)
@@ -345,14 +359,14 @@ def _backward(
         prepared, dout_rows, dy_low_rank, out_rows, state.output_low_rank, state.output_masks, needs_group[1]
     )
     batch, _, length, _ = result.out.shape
-    q, k, v = _heads(layer, state.qkv, batch, length)
+    q, k, v = layer.split_heads(state.qkv, batch, length)
     dout = dout.unflatten(-1, (-1, layer.head_dim)).unflatten(0, (batch, length)).transpose(1, 2)
     dq, dk, dv = attention_backward(result, dout, q, k, v, call.attention)
     del prepared, dout, out_rows, q, k, v
 
     dqkv_extended = layer.qkv.output_buffer(dy, dtype)
     dqkv = dqkv_extended[:, : layer.qkv.out_features]
-    dq_rows, dk_rows, dv_rows = _heads(layer, dqkv, batch, length)
+    dq_rows, dk_rows, dv_rows = layer.split_heads(dqkv, batch, length)
     rope_apply(_unit_stride(dq), _unit_stride(dk), call.cos, call.sin, dq_rows, dk_rows, inverse=True)
     dv_rows.copy_(dv)
     del dq, dk, dv
@@ -391,12 +405,6 @@ def _split_needs(layer: DecoderLayer, needs: tuple[bool, ...]) -> tuple[dict[str
     return dict(zip(NORMS, needs[: len(NORMS)], strict=True)), groups
 
 
-def _gate_and_up(layer: DecoderLayer, joined: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    assert joined is not None
-    gate_columns, up_columns = layer.gate_up_columns
-    return joined[:, gate_columns], joined[:, up_columns]
-
-
 def _terms_of_gate_and_up(layer: DecoderLayer, state: Activations) -> tuple[LowRankTerm | None, LowRankTerm | None]:
     """What LoRA adds to `state.gate_up`, where it was left out."""
     if not layer.gate_up.has_separate_term or state.gate_up_low_rank is None:
@@ -411,17 +419,6 @@ def _term_of_hidden(layer: DecoderLayer, dy_low_rank: torch.Tensor | None) -> Lo
     if not layer.down.has_separate_term or dy_low_rank is None:
         return None
     return input_term(layer.down, dy_low_rank)
-
-
-def _heads(
-    layer: DecoderLayer, qkv: torch.Tensor, batch: int, length: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Joined rows as q, k, v [B, heads, S, head_dim], views."""
-    q, k, v = (
-        qkv[:, columns].unflatten(-1, (-1, layer.head_dim)).unflatten(0, (batch, length)).transpose(1, 2)
-        for columns in layer.qkv_columns
-    )
-    return q, k, v
 
 
 def _norm_heads(layer: DecoderLayer, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

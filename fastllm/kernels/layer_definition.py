@@ -72,6 +72,22 @@ class DecoderLayer:
         width = self.down.in_features
         return slice(0, width), slice(width, 2 * width)
 
+    def split_heads(
+        self, qkv: torch.Tensor, batch: int, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Joined rows as q, k, v [B, heads, S, head_dim], views."""
+        q, k, v = (
+            qkv[:, columns].unflatten(-1, (-1, self.head_dim)).unflatten(0, (batch, length)).transpose(1, 2)
+            for columns in self.qkv_columns
+        )
+        return q, k, v
+
+    def split_gate_up(self, joined: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Joined rows, which have to be there, as gate and up [T, F], views."""
+        assert joined is not None
+        gate_columns, up_columns = self.gate_up_columns
+        return joined[:, gate_columns], joined[:, up_columns]
+
     def norms(self) -> dict[str, Norm | None]:
         return {name: getattr(self, name) for name in NORMS}
 

@@ -19,7 +19,7 @@ from .parity import OverLimit, Setting
 from .test_activation import check_activation
 from .test_activation import check_overlay as check_activation_overlay
 from .test_attention import check_narrowed, check_two_functions, check_under_autograd, masks
-from .test_decoder_layer import SPECS, check_keep_modes, check_layer
+from .test_decoder_layer import SPECS, check_away, check_keep_modes, check_layer
 from .test_fp8 import check_group as check_fp8_group
 from .test_glu import check_glu, check_overlay
 from .test_kept_weights import (
@@ -378,8 +378,7 @@ LAYER = {
         "residual_grad=dmiddle,", "residual_grad=None,", layer("llama_dense")
     ),
     "gate_and_up_exchanged": Bug(
-        "return joined[:, gate_columns], joined[:, up_columns]",
-        "return joined[:, up_columns], joined[:, gate_columns]",
+        "gate, up = layer.split_gate_up(", "up, gate = layer.split_gate_up(",
         layer("llama_dense"),
     ),
     "rotation_not_undone": Bug(
@@ -415,12 +414,16 @@ LAYER = {
         "weights.take('down'), torch.rand(1), _mlp_output(layer, weights, state, keep=True)",
         checks(check_keep_modes, Spec(dropout=0.3, has_out_norms=True, weights="dense"), on="reference"),
     ),
+    "random_numbers_forgotten_on_the_host": Bug(
+        "ctx.dtype, None if ctx.rng is not None else keep)", "ctx.dtype, keep)",
+        checks(check_away, Spec(dropout=0.3, weights="dense"), on="reference"),
+    ),
     "norms_of_heads_exchanged": Bug(
         "in zip(layer.qkv_columns[:2], (layer.query_norm", "in zip(layer.qkv_columns[1::-1], (layer.query_norm",
         layer("qwen3"),
     ),
     "other_dropout_when_recomputed": Bug(
-        "with replayed(rng, x.device):", "with replayed(None, x.device):",
+        "with replayed(rng, dy.device):", "with replayed(None, dy.device):",
         checks(check_keep_modes, Spec(dropout=0.3, weights="dense"), on="reference"),
     ),
     "dropout_masks_forgotten_when_recomputed": Bug(
@@ -460,9 +463,17 @@ BLOCK = {
     ),
 }  # fmt: skip
 
+HOST = {
+    "heads_and_tokens_exchanged": Bug(
+        "view(batch, length, heads, head_dim).transpose(1, 2)", "view(batch, heads, length, head_dim)",
+        checks(check_away, Spec(weights="dense"), on="reference"),
+    ),
+}  # fmt: skip
+
 BUGS = {
     "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "glu": GLU, "nf4": NF4,
     "lora": LORA, "linear_cross_entropy": LOSS, "attention": ATTENTION, "decoder_layer": LAYER,
+    "decoder_activations": HOST,
     "vision_block": BLOCK,
 }  # fmt: skip
 
