@@ -35,9 +35,7 @@ def locked_bytes(count: int) -> torch.Tensor | None:
     """
     if not count or not torch.cuda.is_available() or torch.version.hip is not None:
         return None
-    pages = _LockedPages(-1, count)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to lock
+    pages = _LockedPages(-1, count)  # shared with processes that are forked: private pages would be copied for each
     memory = torch.frombuffer(pages, dtype=torch.uint8).zero_()  # all threads together bring the pages in
     return memory if pages.lock(memory.data_ptr()) else None
 

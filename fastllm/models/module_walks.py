@@ -5,7 +5,7 @@ An adapter on each projection makes thousands of modules of a model: torch's own
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -37,27 +37,36 @@ class FastWalks:
 
 def modules_of(root: nn.Module) -> list[nn.Module]:
     """The modules of `root.modules()`, in that order."""
-    found, seen, waiting = [], set(), [root]
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting: list[nn.Module | None] = [root]
     while waiting:
         module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.append(module)
-            waiting.extend(_children_backwards(module))
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append(module)
+        children = module._modules
+        if children:
+            waiting.extend(reversed(children.values()))
     return found
 
 
 def set_training(root: nn.Module, mode: bool) -> None:
     """`nn.Module.train` of a root, whatever its class makes of it; classes below that have their own are asked."""
-    waiting = [root]
+    waiting: list[nn.Module | None] = [root]
     while waiting:
         module = waiting.pop()
+        if module is None:
+            continue
         if type(module).train not in _PLAIN_TRAIN and module is not root:
             module.train(mode)
             continue
         if module.training is not mode:
             module.training = mode
-        waiting.extend(_children_backwards(module))
+        children = module._modules
+        if children:
+            waiting.extend(reversed(children.values()))
 
 
 def count_parameters(root: Any, *, only_trainable: bool, exclude_embeddings: bool) -> int:
@@ -76,8 +85,3 @@ def count_parameters(root: Any, *, only_trainable: bool, exclude_embeddings: boo
                     # Two values of a 4-bit weight share a byte.
                     total += 2 * p.nbytes if is_4bit and hasattr(p, "quant_state") else p.numel()
     return total
-
-
-def _children_backwards(module: nn.Module) -> Iterable[nn.Module]:
-    children = module._modules
-    return [child for child in reversed(children.values()) if child is not None] if children else ()
