@@ -104,7 +104,7 @@ def _forward_pass(
     layer: DecoderLayer, call: LayerCall, x: torch.Tensor, dtype: torch.dtype, keep: Keep | None
 ) -> tuple[torch.Tensor, Activations | None, str]:
     """(y, what a backward reads where it is kept, here or in host memory; the attention kernel)"""
-    weights = PreparedGroups(layer, dtype, call.kept_weights, shared=False)
+    weights = PreparedGroups(layer, dtype, call.kept_weights, rows=x.shape[0] * x.shape[1], shared=False)
     keep_all, offload = keep is Keep.ALL, call.offload if keep is Keep.OFFLOADED_ATTENTION else None
     state = _activations(
         layer, call, weights, x, dtype, needs_backward=keep_all or offload is not None, offload=offload
@@ -131,7 +131,8 @@ def _backward_pass(
     `fetch()`, its input, runs again: with the same attention kernel and random numbers; with a state that is away, its
     second half does."""
     is_fresh = state is None or state.is_away
-    weights = PreparedGroups(layer, dtype, call.kept_weights, shared=is_fresh and not call.frees_weights)
+    is_shared = is_fresh and not call.frees_weights
+    weights = PreparedGroups(layer, dtype, call.kept_weights, rows=dy.shape[0] * dy.shape[1], shared=is_shared)
     if is_fresh:
         with replayed(rng, dy.device):
             state = _activations_again(layer, call, weights, state, fetch, dtype, backend)

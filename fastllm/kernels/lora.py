@@ -5,14 +5,15 @@ For each projection i of a group that shares the input x:
     y_i = x W_i^T + bias_i + dropout_i(x) (s_i A_i)^T B_i^T
 
 The A matrices are stacked, so x is read once for all of them. Where W has to be written to a buffer anyway (4-bit
-weights, or a change of dtype) the low-rank path rides in the same matrix product, exactly, by extending the inner
-dimension:
+weights, or a change of dtype), and where that costs less than it spares, the low-rank path rides in the same matrix
+product, exactly, by extending the inner dimension:
 
     forward    Y  = [x | x A^T] [W | B]^T          backward   dX = [dY | dY B] [W ; A]
 
-with A = stack(s_i A_i) and B = blockdiag(B_i): one buffer [N + E, K + E] holds W, B and A. Elsewhere the low-rank term
-is computed first and the large product accumulates onto it, so it is rounded once too. A group of frozen weights may
-ask for FP8 (fp8.py) in its two large products; the low-rank path stays in the compute dtype and is added to them.
+with A = stack(s_i A_i) and B = blockdiag(B_i): one buffer [N + E, K + E] holds W, B and A. Elsewhere both terms are
+added in fp32. A sum of two that are rounded to 16 bits would lose most of the low-rank one: that of the first steps is
+a thousandth of the other, less than half a unit in its last place. A group of frozen weights may ask for FP8 (fp8.py)
+in its two large products; the low-rank path stays in the compute dtype and is added to them.
 
 Shapes: x [T, K], y [T, N] with N = sum of out features; A_i [r_i, K], B_i [N_i, r_i]; E = sum of ranks, padded.
 Dtypes: matrix products in the compute dtype with fp32 accumulation; gradients of parameters accumulate in fp32 and
@@ -56,10 +57,12 @@ class PreparedGroup:
 class PreparedGroups:
     """The groups of a layer, each an attribute of `owner`, prepared when first asked for. `shared` keeps them for the
     backward that follows a recomputation; otherwise they are made anew, so that one group's buffer lives at a time.
-    `kept` holds dequantised weights from pass to pass."""
+    `kept` holds dequantised weights from pass to pass. `rows`: of the inputs."""
 
-    def __init__(self, owner: Any, dtype: torch.dtype, kept: KeptWeights | None = None, *, shared: bool) -> None:
-        self._owner, self._dtype, self._kept, self._shared = owner, dtype, kept, shared
+    def __init__(
+        self, owner: Any, dtype: torch.dtype, kept: KeptWeights | None = None, *, rows: int, shared: bool
+    ) -> None:
+        self._owner, self._dtype, self._kept, self._rows, self._shared = owner, dtype, kept, rows, shared
         self._made: dict[str, PreparedGroup] = {}
 
     def take(self, name: str, *, last: bool = False) -> PreparedGroup:
@@ -67,14 +70,16 @@ class PreparedGroups:
         made = self._made.pop(name, None)
         if made is None:
             kept = None if self._kept is None else self._kept.form(name)
-            made = prepare(getattr(self._owner, name), self._dtype, kept=kept)
+            made = prepare(getattr(self._owner, name), self._dtype, rows=self._rows, kept=kept)
         if self._shared and not last:
             self._made[name] = made
         return made
 
 
-def prepare(group: ProjectionGroup, dtype: torch.dtype, *, kept: KeptForm | None = None) -> PreparedGroup:
-    """Dequantise or cast the weights of a group, and lay out A and B beside them.
+def prepare(
+    group: ProjectionGroup, dtype: torch.dtype, *, rows: int = 0, kept: KeptForm | None = None
+) -> PreparedGroup:
+    """Dequantise or cast the weights of a group, and lay out A and B beside them, for inputs of so many rows.
 
     `kept` holds the buffer with the dequantised weights from call to call; everything else is written anew.
     """
@@ -83,7 +88,8 @@ def prepare(group: ProjectionGroup, dtype: torch.dtype, *, kept: KeptForm | None
     device = projections[0].weight.device
     dense = [p.weight.detach() for p in projections if isinstance(p.weight, torch.Tensor) and p.weight.dtype == dtype]
     a = b = joined = fp8 = None
-    if group.is_fp8 or len(dense) == len(projections):
+    is_joined = len(dense) < len(projections) or _pays_to_join(group, dtype, device, rows)
+    if group.is_fp8 or not is_joined:
         if group.is_fp8:
             weights, fp8 = [], _fp8_weights(group, dtype, device, kept)
         else:
@@ -125,6 +131,10 @@ def project(
     group = prepared.group
     y = torch.empty(x.shape[0], group.out_features, dtype=x.dtype, device=x.device) if out is None else out
     masks = dropout_masks(group, x)
+    is_copied = extended is None and prepared.joined is not None and group.extension > 0
+    if is_copied:
+        extended = group.input_buffer(x, x.dtype)
+        x = extended[:, : group.in_features].copy_(x)
     beside = None if extended is None or group.is_fp8 else extended[:, group.in_features :]
     low_rank = low_rank_input(prepared, x, masks, out=beside)
     if prepared.fp8 is not None:
@@ -136,8 +146,13 @@ def project(
         return y, low_rank, masks
     if prepared.joined is not None and extended is not None and low_rank is not None:
         _linear(extended, prepared.joined[: group.out_features], prepared.bias, y)
-        return y, low_rank, masks
+        return y, low_rank.clone() if is_copied else low_rank, masks
     bias = prepared.bias
+    if low_rank is not None and prepared.b is not None and _adds_in_16_bits(x.device, x.dtype):
+        for rows, weight in prepared.weights:
+            total = matmul_fp32(x, weight.t()).add_(matmul_fp32(low_rank, prepared.b[rows].t()))
+            y[:, rows] = total if bias is None else total.add_(bias[rows])
+        return y, low_rank, masks
     if low_rank is not None:  # the small terms come first: only they round before the large product is added
         assert prepared.b is not None
         _linear(low_rank, prepared.b, bias, y)
@@ -177,8 +192,8 @@ def input_grad(
     if leaves_term and group.has_separate_term:
         return dx, dy_low_rank
     if dy_low_rank is not None and prepared.a is not None:
-        if group.has_dropout:
-            # Each projection has a term of its own, so all are added up before the sum is rounded.
+        if group.has_dropout or (dx is None and _adds_in_16_bits(dy.device, dy.dtype)):
+            # All terms, with dropout one for each projection, are added up before the sum is rounded.
             total = _masked_low_rank_grad(group, dy_low_rank, prepared.a, masks)
             terms = [matmul_fp32(dy[:, rows], weight) for rows, weight in prepared.weights]
             for term in terms if dx is None else [dx]:
@@ -299,6 +314,17 @@ def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
+
+
+def _adds_in_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product that is added to a 16-bit matrix is rounded to 16 bits itself: cuBLAS's fastest kernels on
+    Hopper let the memory system add, and LoRA's steps of the first batches were lost there as in two roundings."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _pays_to_join(group: ProjectionGroup, dtype: torch.dtype, device: torch.device, rows: int) -> bool:
+    """Whether dense weights are copied beside A and B: that moves 4 bytes a weight, fp32 sums 14 a value of y."""
+    return group.extension > 0 and _adds_in_16_bits(device, dtype) and 4 * rows > group.in_features
 
 
 def _joined_weights(
@@ -442,8 +468,8 @@ class _ProjectGroup(torch.autograd.Function):
     def forward(ctx, x, group, *parameters):
         dtype = compute_dtype(x, group.dtype)
         with no_autocast(x.device.type):
-            prepared = prepare(group, dtype)
             rows, extended = rows_of(x).to(dtype), None
+            prepared = prepare(group, dtype, rows=rows.shape[0])
             if prepared.joined is not None and group.extension:
                 extended = group.input_buffer(rows, dtype)
                 rows = extended[:, : group.in_features].copy_(rows)
@@ -459,8 +485,8 @@ class _ProjectGroup(torch.autograd.Function):
         x, low_rank, *rest = ctx.saved_tensors
         masks = rest[: len(group.projections)]
         with no_autocast(x.device.type):
-            prepared = prepare(group, ctx.dtype)
             dy_rows, extended = rows_of(dy).to(ctx.dtype), None
+            prepared = prepare(group, ctx.dtype, rows=dy_rows.shape[0])
             if prepared.joined is not None and group.extension:
                 extended = group.output_buffer(dy_rows, ctx.dtype)
                 dy_rows = extended[:, : group.out_features].copy_(dy_rows)

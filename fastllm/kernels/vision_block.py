@@ -201,7 +201,7 @@ def _forward_pass(
     block: VisionBlock, call: BlockCall, x: torch.Tensor, dtype: torch.dtype, *, keep_all: bool
 ) -> tuple[torch.Tensor, _Activations | None, str]:
     """(y, what a backward reads where it is kept, the attention kernel)"""
-    weights = PreparedGroups(block, dtype, shared=False)
+    weights = PreparedGroups(block, dtype, rows=x.numel() // x.shape[-1], shared=False)
     state = _activations(block, call, weights, x, dtype, needs_backward=keep_all)
     y = _finish(block, weights, state, keep=keep_all).view(x.shape)
     return y, state if keep_all else None, state.attention.backend
@@ -221,7 +221,7 @@ def _backward_pass(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x and of `block.parameters()`, where `needs` asks for them. Without `state` the forward from x runs
     again: with the same attention kernel and random numbers."""
-    weights = PreparedGroups(block, dtype, shared=state is None)
+    weights = PreparedGroups(block, dtype, rows=dy.numel() // dy.shape[-1], shared=state is None)
     is_fresh = state is None
     if state is None:
         with replayed(rng, x.device):

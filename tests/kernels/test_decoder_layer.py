@@ -102,7 +102,7 @@ SPECS = {
     "gemma2": Spec(offset=1.0, activation="gelu_tanh", has_out_norms=True, weights="dense"),
     "gemma3": Spec(offset=1.0, activation="gelu_tanh", has_out_norms=True, has_head_norms=True, trains_norms=True),
     "partial_rotary": Spec(rotary_dim=8, head_dim=20, weights="dense"),
-    "two_tokens": Spec(batch=1, length=2),
+    "two_tokens": Spec(batch=9, length=2),
     "one_key_head": Spec(key_heads=1, length=17, batch=1),
     "bool_mask": Spec(mask="bool"),
     "additive_mask": Spec(mask="additive", weights="dense"),

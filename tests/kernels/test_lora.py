@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from fastllm.kernels import lora
 from fastllm.kernels.lora import Projection, ProjectionGroup, dropout_masks, project_group, project_reference
 from fastllm.kernels.nf4 import Nf4Weight
 
@@ -172,6 +173,19 @@ def check_group(
 @pytest.mark.parametrize("specs", GROUPS.values(), ids=GROUPS.keys())
 def test_matches_float64(setting, specs, weights):
     check_group(setting, specs, weights=weights)
+
+
+@pytest.mark.parametrize("is_joined", [False, True])
+@pytest.mark.parametrize("weights", ["dense", "trained"])
+@pytest.mark.parametrize("name", ["one", "qkv_bias", "hole", "dropout"])
+def test_dense_weights_as_gpus_multiply_them(device, monkeypatch, name, weights, is_joined):
+    """In 16 bits: beside A and B for many rows, and added in fp32 for few."""
+    monkeypatch.setattr(lora, "_adds_in_16_bits", lambda *_: True)
+    monkeypatch.setattr(lora, "_pays_to_join", lambda group, *_: is_joined and group.extension > 0)
+    specs = DROPOUT if name == "dropout" else GROUPS[name]
+    for dtype in (torch.bfloat16, torch.float16):
+        implementation = "triton" if device.type == "cuda" else "reference"
+        check_group(Setting(implementation, dtype, device), specs, weights=weights)
 
 
 @pytest.mark.parametrize("weights", ["dense", "nf4"])

@@ -17,7 +17,7 @@ from fastllm.kernels.vision_block import BlockCall, LayerNorm, VisionBlock, visi
 from . import eager
 from .conftest import SETTINGS
 from .layers import PARTS
-from .parity import OverLimit, Setting, Tensors, check_op, wide
+from .parity import Biased, OverLimit, Setting, Tensors, check_op, wide
 from .quantized import dequantized, quantize
 from .test_decoder_layer import KEY_BIAS, LIMIT, check_whole_gradient
 from .test_rope import angles
@@ -187,6 +187,13 @@ def is_frozen(spec: Spec, name: str) -> bool:
 
 def check_block(setting: Setting, spec: Spec) -> None:
     """y and every gradient; the gradient as a whole at most 1.1 times as far from the truth as eager's."""
+    try:
+        check_block_once(setting, spec)
+    except Biased:
+        check_block_once(setting, spec)  # of other numbers
+
+
+def check_block_once(setting: Setting, spec: Spec) -> None:
     trained, frozen, dense = parameters_of(setting, spec), {}, {}
     for name in [name for name in trained if is_frozen(spec, name)]:
         frozen[name] = dense[name] = tensor = trained.pop(name)
