@@ -23,7 +23,8 @@ import torch
 
 from .._errors import reject_unknown
 from .dispatch import compute_dtype, jit, launch_on, no_autocast, tl, use_triton
-from .lora import PreparedGroup, ProjectionGroup, matmul_fp32, prepare, project
+from .lora import PreparedGroup, ProjectionGroup, prepare, project
+from .products import add_matmul, matmul_fp32
 from .soft_cap import soft_capped
 
 IGNORE_INDEX = -100
@@ -263,7 +264,7 @@ class _HeadGradients:
         dw, dbias, da, db = self.sums
         rank = prepared.group.projections[0].rank
         if dw is not None:
-            _add_matmul(dw, dlogits.t(), hidden)
+            add_matmul(dw, dlogits.t(), hidden)
         if dbias is not None:
             dbias += dlogits.sum(0, dtype=dbias.dtype)
         if da is not None:
@@ -272,13 +273,6 @@ class _HeadGradients:
         if db is not None:
             assert low_rank is not None
             db += matmul_fp32(dlogits.t(), low_rank[:, :rank])
-
-
-def _add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    if total.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 class _LinearNll(torch.autograd.Function):

@@ -31,6 +31,7 @@ from .dispatch import compute_dtype, jit, launch_on, next_power_of_2, no_autocas
 from .fp8 import Fp8Matrix, fp8_input_grad, fp8_linear, quantize_rows
 from .kept_weights import KeptForm, KeptWeights
 from .nf4 import Nf4Weight, dequantize_nf4
+from .products import add_matmul, matmul_fp32
 from .projections import PARAMETERS_PER_PROJECTION, Projection, ProjectionGroup
 
 _MAX_FILLED = 3
@@ -150,7 +151,7 @@ def project(
     bias = prepared.bias
     if low_rank is not None and prepared.b is not None and _adds_in_16_bits(x.device, x.dtype):
         for rows, weight in prepared.weights:
-            total = matmul_fp32(x, weight.t()).add_(matmul_fp32(low_rank, prepared.b[rows].t()))
+            total = add_matmul(matmul_fp32(low_rank, prepared.b[rows].t()), x, weight.t())
             y[:, rows] = total if bias is None else total.add_(bias[rows])
         return y, low_rank, masks
     if low_rank is not None:  # the small terms come first: only they round before the large product is added
@@ -305,15 +306,6 @@ def project_reference(
         return y
     inner = (x if masked_input is None else masked_input) @ projection.lora_a.to(x.dtype).t()
     return y + inner @ projection.lora_b.to(x.dtype).t() * projection.scaling
-
-
-def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right with an fp32 result from 16-bit inputs (float64 stays float64)."""
-    if left.dtype not in (torch.bfloat16, torch.float16):
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 def _adds_in_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
