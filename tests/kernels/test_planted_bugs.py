@@ -317,8 +317,7 @@ LOSS = {
         checks(check_loss, Case()),
     ),
     "last_chunk_only": Bug(
-        "total.addmm_(left.to(total.dtype), right.to(total.dtype))",
-        "total.copy_(left.to(total.dtype) @ right.to(total.dtype))",
+        "add_matmul(dw, dlogits.t(), hidden)", "dw.copy_(dlogits.t() @ hidden)",
         checks(check_in_chunks, Case(rows=33, ignored=0.0, weights="trained")),
     ),
     "hidden_gradient_without_the_adapter": Bug(
@@ -473,8 +472,7 @@ HOST = {
 BUGS = {
     "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "glu": GLU, "nf4": NF4,
     "lora": LORA, "linear_cross_entropy": LOSS, "attention": ATTENTION, "decoder_layer": LAYER,
-    "decoder_activations": HOST,
-    "vision_block": BLOCK,
+    "decoder_activations": HOST, "vision_block": BLOCK,
 }  # fmt: skip
 
 
