@@ -124,11 +124,12 @@ def free_host_bytes() -> int:
 
     The limit of a container counts; zero where the system does not say.
     """
-    free = [_named_number(Path("/proc/meminfo"), "MemAvailable:", 1024), *map(_room_of_group, _CONTROL_GROUPS)]
+    free = [_named_number(_MEMINFO, "MemAvailable:", 1024), *map(_room_of_group, _CONTROL_GROUPS)]
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
     return min((value for value in free if value is not None), default=0) // processes
 
 
+_MEMINFO = Path("/proc/meminfo")
 # What limits a container's memory, in control groups of version 2 and 1: folder; files of limit and use; and in
 # memory.stat the names of the file cache that the use counts, and that is given up when memory runs short.
 _CONTROL_GROUPS = (

@@ -73,6 +73,12 @@ class AttentionResult:
     backend: str
     saved: tuple[Any, ...] = ()
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """`out` as rows [B * S, H * E]: a view where its layout allows one."""
+        batch, heads, length, head_dim = self.out.shape
+        return self.out.transpose(1, 2).reshape(batch * length, heads * head_dim)
+
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> torch.Tensor:
     """Attention under autograd."""

@@ -49,8 +49,7 @@ class Activations:
     @property
     def attended(self) -> torch.Tensor:
         """Attention's output as rows [T, heads * head_dim]."""
-        batch, heads, length, head_dim = self.attention.out.shape
-        return self.attention.out.transpose(1, 2).reshape(batch * length, heads * head_dim)
+        return self.attention.rows
 
     @property
     def is_away(self) -> bool:

@@ -106,9 +106,7 @@ def _forward_pass(
     """(y, what a backward reads where it is kept, here or in host memory; the attention kernel)"""
     weights = PreparedGroups(layer, dtype, call.kept_weights, rows=x.shape[0] * x.shape[1], shared=False)
     keep_all, offload = keep is Keep.ALL, call.offload if keep is Keep.OFFLOADED_ATTENTION else None
-    state = _activations(
-        layer, call, weights, x, dtype, needs_backward=keep_all or offload is not None, offload=offload
-    )
+    state = _activations(layer, call, weights, x, dtype, needs_backward=keep_all, offload=offload)
     y = _mlp_output(layer, weights, state, keep=keep_all).add_(state.middle).view(x.shape)
     if state.is_away:
         state.let_go()
@@ -189,7 +187,7 @@ def _activations(
     norm, fp8 = layer.input_norm, layer.qkv.fp8_input(rows)
     _, _, input_rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=hidden, fp8=fp8)
     qkv, qkv_low_rank, qkv_masks = project(weights.take("qkv"), hidden, extended=extended, fp8=fp8)
-    qkv_low_rank = _detached_copy(qkv_low_rank, needs_backward)
+    qkv_low_rank = _detached_copy(qkv_low_rank, needs_backward or offload is not None)
     del extended, hidden, fp8
 
     qkv_raw, query_rstd, key_rstd = qkv, None, None
@@ -199,11 +197,10 @@ def _activations(
     rope_apply(q, k, call.cos, call.sin, q, k)
     backend = backend or call.choose_backend(q, k, v, call.attention)
     offload = None if backend == "autograd" else offload
-    needs_result = needs_backward or offload is not None
-    attended = attention_forward(q, k, v, call.attention, backend, needs_backward=needs_result)
+    is_kept = needs_backward or offload is not None
+    attended = attention_forward(q, k, v, call.attention, backend, needs_backward=is_kept)
 
-    out_rows = attended.out.transpose(1, 2).reshape(rows.shape[0], layer.output.in_features)
-    projected, output_low_rank, output_masks = project(weights.take("output"), out_rows)
+    projected, output_low_rank, output_masks = project(weights.take("output"), attended.rows)
     attention_out, attention_out_rstd = None, None
     if layer.attention_out_norm is not None:
         attention_out = projected
@@ -352,7 +349,7 @@ def _backward(
         dout_rows.copy_(dmiddle)
     del dhidden
 
-    result, out_rows = state.attention, state.attended
+    result, out_rows = state.attention, state.attention.rows
     prepared = weights.take("output", last=True)
     dout, dy_low_rank = input_grad(prepared, dout_rows, state.output_masks, extended=extended)
     assert dout is not None

@@ -124,7 +124,8 @@ def project(
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """The joined output of rows `x [T, K]`, outside autograd.
 
-    `extended` is the buffer of `input_buffer` whose left part x is; its right part is overwritten. `fp8` is x in
+    `extended` is the buffer of `input_buffer` whose left part x is; its right part is overwritten. Without one x is
+    copied to one where the product is extended, and x A^T from it, so that the buffer can be freed. `fp8` is x in
     FP8, for a group that multiplies so, where that is known already. With `leaves_term` y lacks (x A^T) B^T where the
     group `has_separate_term`.
     Returns: (y [T, N], x A^T [T, E] or None, dropout masks); the last two are what the backward needs besides x.
@@ -463,14 +464,9 @@ class _ProjectGroup(torch.autograd.Function):
     def forward(ctx, x, group, *parameters):
         dtype = compute_dtype(x, group.dtype)
         with no_autocast(x.device.type):
-            rows, extended = rows_of(x).to(dtype), None
-            prepared = prepare(group, dtype, rows=rows.shape[0])
-            if prepared.joined is not None and group.extension:
-                extended = group.input_buffer(rows, dtype)
-                rows = extended[:, : group.in_features].copy_(rows)
-            y, low_rank, masks = project(prepared, rows, extended=extended)
-        # A clone: the view would keep the whole extended buffer alive until the backward.
-        ctx.save_for_backward(x, None if low_rank is None else low_rank.clone(), *masks, *parameters)
+            rows = rows_of(x).to(dtype)
+            y, low_rank, masks = project(prepare(group, dtype, rows=rows.shape[0]), rows)
+        ctx.save_for_backward(x, low_rank, *masks, *parameters)
         ctx.group, ctx.dtype = group, dtype
         return y.view(*x.shape[:-1], group.out_features)
 

@@ -261,8 +261,7 @@ def _activations(
     backend = backend or call.choose_backend(q, k, v, call.attention)
     attended = attention_forward(q, k, v, call.attention, backend, needs_backward=needs_backward)
 
-    out_rows = attended.out.transpose(1, 2).reshape(rows.shape[0], block.output.in_features)
-    projected, output_low_rank, output_masks = project(weights.take("output"), out_rows)
+    projected, output_low_rank, output_masks = project(weights.take("output"), attended.rows)
     extended = block.up.input_buffer(rows, dtype)
     hidden = extended[:, : block.up.in_features]
     middle, statistics2 = _normed(block.norm2, rows, residual=projected.to(rows.dtype), out=hidden)
@@ -352,7 +351,7 @@ def _backward(
 
     result = state.attention
     batch, length = result.out.shape[0], result.out.shape[2]
-    out_rows = result.out.transpose(1, 2).reshape(dy.shape[0], block.output.in_features)
+    out_rows = result.rows
     prepared = weights.take("output")
     dout, dy_low_rank = input_grad(prepared, dmiddle_rows, state.output_masks, extended=extended)
     assert dout is not None

@@ -44,9 +44,9 @@ def release_weights(base: Any, reason: str) -> None:
 
 def release_for_saving(base: Any) -> None:
     """Free what training keeps from step to step, on the device and on the host."""
-    release_weights(base, "the model is saved")
     planner = getattr(base, PLANNER, None)
     if planner is not None:
+        planner.release_weights("the model is saved")
         planner.release_host_memory()
 
 

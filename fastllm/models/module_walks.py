@@ -21,12 +21,7 @@ class FastWalks:
         if not recurse:
             yield from super().parameters(recurse=False)  # pyright: ignore[reportAttributeAccessIssue]
             return
-        seen: set[int] = set()
-        for module in modules_of(self):
-            for p in module._parameters.values():
-                if p is not None and id(p) not in seen:
-                    seen.add(id(p))
-                    yield p
+        yield from (p for _, p in _owned_parameters(self))
 
     def train(self: Any, mode: bool = True) -> Any:
         if not isinstance(mode, bool):
@@ -70,18 +65,21 @@ def set_training(root: nn.Module, mode: bool) -> None:
 
 
 def count_parameters(root: Any, *, only_trainable: bool, exclude_embeddings: bool) -> int:
-    """`PreTrainedModel.num_parameters`: each once, by the first module that has it."""
-    seen: set[int] = set()
+    """`PreTrainedModel.num_parameters`."""
     total, is_4bit = 0, getattr(root, "is_loaded_in_4bit", False)
-    for module in modules_of(root):
-        parameters = module._parameters
-        if parameters:
-            excluded = parameters.get("weight") if exclude_embeddings and isinstance(module, nn.Embedding) else None
-            for p in parameters.values():
-                if p is None or id(p) in seen:
-                    continue
-                seen.add(id(p))
-                if p is not excluded and (p.requires_grad or not only_trainable):
-                    # Two values of a 4-bit weight share a byte.
-                    total += 2 * p.nbytes if is_4bit and hasattr(p, "quant_state") else p.numel()
+    for module, p in _owned_parameters(root):
+        is_excluded = exclude_embeddings and isinstance(module, nn.Embedding) and p is module.weight
+        if not is_excluded and (p.requires_grad or not only_trainable):
+            # Two values of a 4-bit weight share a byte.
+            total += 2 * p.nbytes if is_4bit and hasattr(p, "quant_state") else p.numel()
     return total
+
+
+def _owned_parameters(root: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Each parameter once, with the first module that has it."""
+    seen: set[int] = set()
+    for module in modules_of(root):
+        for p in module._parameters.values():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield module, p
