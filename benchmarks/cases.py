@@ -95,7 +95,7 @@ class Step(NamedTuple):
     way: str = ""
 
 
-CURVES = ("bfloat16", "float16", "float32")
+CURVES = ("bfloat16", "float16", "float32", "fp8")
 # name -> (case, ways) in the order of their worth; a session takes them from the top while its time lasts. Cases of one
 # model follow each other, so that its checkpoint is made once.
 PLANS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
@@ -137,8 +137,9 @@ PLANS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("curves", ("bfloat16",)),
     ),
 }
-# Loss curves are of these two: the question is whether the fused layers train as plain transformers and PEFT do.
-CURVE_PEERS = ("hf", "fastllm")
+# Loss curves are of these two: the question is whether the fused layers train as plain transformers and PEFT do. FP8,
+# which they have not, is drawn beside their bf16.
+CURVE_PEERS = dict.fromkeys(CURVES, ("hf", "fastllm")) | {"fp8": ("fastllm",)}
 
 
 def steps(rows: Iterable[tuple[str, tuple[str, ...]]], peers: Iterable[str]) -> Iterator[Step]:
@@ -147,7 +148,7 @@ def steps(rows: Iterable[tuple[str, tuple[str, ...]]], peers: Iterable[str]) -> 
     peers, limited = list(peers), set()
     for case, ways in rows:
         if case == "curves":
-            yield from (Step("curve", case, peer, dtype) for dtype in ways for peer in CURVE_PEERS if peer in peers)
+            yield from (Step("curve", case, peer, way) for way in ways for peer in CURVE_PEERS[way] if peer in peers)
             continue
         if not CASES[case].from_start and CASES[case].work not in limited:
             limited.add(CASES[case].work)

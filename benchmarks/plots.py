@@ -209,6 +209,7 @@ def curves_plot(data: dict[str, Any]) -> str:
     drawing.text(20, 48, f"GPU: {', '.join(sorted(gpus))}; {', '.join(sorted(dates))}", font_size="12")
     for row, dtype in enumerate(dtypes):
         own = {curve["peer"]: curve["losses"] for curve in curves if curve["way"] == dtype}
+        own |= {"fp8": curve["losses"] for curve in curves if curve["way"] == "fp8" and dtype == "bfloat16"}
         steps = max(map(len, own.values()))
         top, bottom = 80 + 210 * row, 240 + 210 * row
         low, high = min(map(min, own.values())), max(map(max, own.values()))
@@ -223,15 +224,22 @@ def curves_plot(data: dict[str, Any]) -> str:
         drawing.text(80, top - 8, dtype, font_weight="bold")
         drawing.text(80, bottom + 18, "1", "middle", font_size="11")
         drawing.text(640, bottom + 18, f"{steps} steps", "middle", font_size="11")
-        for peer, style in (("hf", {"stroke_opacity": "0.45"}), ("fastllm", {})):
-            if peer in own:
-                points = [place(i, loss) for i, loss in enumerate(own[peer])]
-                drawing.line(points, COLORS[peer], 5 if peer == "hf" else 1.5, **style)
-                drawing.text(655, top + 14 + 20 * (peer == "fastllm"), NAMES[peer], fill=COLORS[peer])
-        if "fastllm" in own:
-            apart = [abs(a - b) for a, b in zip(own["fastllm"], own["hf"], strict=True)]
-            drawing.text(655, top + 62, f"apart by {sum(apart) / len(apart):.1e} on average,", font_size="12")
-            drawing.text(655, top + 78, f"at most {max(apart):.1e}", font_size="12")
+        lines = {
+            "hf": (NAMES["hf"], COLORS["hf"], 5, {"stroke_opacity": "0.45"}),
+            "fastllm": (NAMES["fastllm"], COLORS["fastllm"], 1.5, {}),
+            "fp8": (f"{NAMES['fastllm']}, FP8", "#a23b72", 1.5, {"stroke_dasharray": "4 2"}),
+        }  # fmt: skip
+        y = top + 14
+        for name, (label, color, width, style) in lines.items():
+            if name not in own:
+                continue
+            drawing.line([place(i, loss) for i, loss in enumerate(own[name])], color, width, **style)
+            drawing.text(655, y, label, fill=color)
+            if name != "hf":
+                apart = [abs(a - b) for a, b in zip(own[name], own["hf"], strict=True)]
+                drawing.text(655, y + 16, f"apart by {sum(apart) / len(apart):.1e} on average,", font_size="12")
+                drawing.text(655, y + 32, f"at most {max(apart):.1e}", font_size="12")
+            y += 20 if name == "hf" else 54
     return drawing.done()
 
 

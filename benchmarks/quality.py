@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .cases import CURVES
+
 HELD_OUT = "asyncio"
 _DONE = "base.done"
 
@@ -120,8 +122,9 @@ def set_adapters(model: Any) -> None:
             parameter.data.copy_(values if "lora_A" in name else torch.zeros_like(values))
 
 
-def curve(peer: str, dtype: str, base: Path, size: Size) -> dict[str, Any]:
-    """The losses of `size.steps` steps of a peer in a dtype: mixed precision with fp32 adapters, scaled in fp16."""
+def curve(peer: str, way: str, base: Path, size: Size) -> dict[str, Any]:
+    """The losses of `size.steps` steps of a peer in a dtype: mixed precision with fp32 adapters, scaled in fp16; `fp8`
+    is bf16 with the frozen weights multiplied in FP8."""
     import importlib
 
     if peer in ("unsloth", "fastllm"):
@@ -131,7 +134,8 @@ def curve(peer: str, dtype: str, base: Path, size: Size) -> dict[str, Any]:
 
     from .peers import Setting, load
 
-    model, _ = load(peer, Setting(str(base), 4, 16, "none", size.sequence, dtype=dtype))
+    dtype, setting = ("bfloat16", "fp8") if way == "fp8" else (way, "none")
+    model, _ = load(peer, Setting(str(base), 4, 16, setting, size.sequence, dtype=dtype))
     set_adapters(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
@@ -161,13 +165,13 @@ def curve(peer: str, dtype: str, base: Path, size: Size) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True)
-    parser.add_argument("--dtype", required=True, choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--way", required=True, choices=CURVES)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--models", type=Path, required=True, help="folder for the base model")
     options = parser.parse_args()
     size = SIZES[options.size]
     base = make_base(options.models / f"curves-{options.size}", size)
-    print("RESULT " + json.dumps(curve(options.peer, options.dtype, base, size)), flush=True)
+    print("RESULT " + json.dumps(curve(options.peer, options.way, base, size)), flush=True)
 
 
 if __name__ == "__main__":

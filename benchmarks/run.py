@@ -87,7 +87,7 @@ class Session:
             return self.child("limits", case=step.case)
         if step.kind == "curve":
             size = "toy" if self.options.plan == "smoke" else "small"
-            return self.child("quality", peer=step.peer, dtype=step.way, size=size, models=models)
+            return self.child("quality", peer=step.peer, way=step.way, size=size, models=models)
         model = CASES[step.case].model
         if not is_made(model, models):
             made = self.child("models", model=model, folder=models)

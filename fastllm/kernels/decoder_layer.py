@@ -40,6 +40,7 @@ from .low_rank_glu import LowRankTerm, input_term, low_rank_glu_backward, low_ra
 from .random_state import random_state, replayed
 from .rms_norm import rms_norm_backward, rms_norm_forward
 from .rope import rope_apply
+from .row_copy import copy_rows
 
 
 def decoder_layer(x: torch.Tensor, layer: DecoderLayer, call: LayerCall) -> torch.Tensor:
@@ -61,7 +62,10 @@ class DecoderPass:
         self, dy: torch.Tensor, x: torch.Tensor, call: LayerCall, kept: Activations | None, backend: str,
         needs: Sequence[bool],
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:  # fmt: skip
-        return _backward_pass(self.layer, call, dy, lambda: x, self.dtype, kept, backend, needs, rng=None)
+        # A recording is replayed: what it keeps has to be there again.
+        return _backward_pass(
+            self.layer, call, dy, lambda: x, self.dtype, kept, backend, needs, rng=None, overwrites_kept=False
+        )
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -95,8 +99,9 @@ class _DecoderLayer(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         with no_autocast(dy.device.type):
             dx, grads = _backward_pass(
-                ctx.layer, ctx.call, dy, fetch or (lambda: saved[-1]), ctx.dtype, kept, ctx.backend, needs, rng=ctx.rng
-            )
+                ctx.layer, ctx.call, dy, fetch or (lambda: saved[-1]), ctx.dtype, kept, ctx.backend, needs, rng=ctx.rng,
+                overwrites_kept=True,
+            )  # fmt: skip
         return dx, None, None, *grads
 
 
@@ -124,20 +129,24 @@ def _backward_pass(
     needs: Sequence[bool],
     *,
     rng: torch.Tensor | None,
+    overwrites_kept: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of x and of `layer.parameters()`, where `needs` asks for them. Without `state` the forward from
     `fetch()`, its input, runs again: with the same attention kernel and random numbers; with a state that is away, its
-    second half does."""
-    is_fresh = state is None or state.is_away
-    is_shared = is_fresh and not call.frees_weights
+    second half does. `overwrites_kept`: gradients may take the place of what a state that stayed holds."""
+    is_away = state is not None and state.is_away
+    is_fresh = state is None or is_away
+    # With the attention half away, only gate and up's weights would be dequantised twice.
+    is_shared = is_fresh and (is_away or not call.frees_weights)
     weights = PreparedGroups(layer, dtype, call.kept_weights, rows=dy.shape[0] * dy.shape[1], shared=is_shared)
     if is_fresh:
         with replayed(rng, dy.device):
             state = _activations_again(layer, call, weights, state, fetch, dtype, backend)
     assert state is not None
     dx, grads = _backward(
-        layer, call, weights, state, rows_of(dy), tuple(needs[1:]), dtype, needs_dx=needs[0], overwrite=is_fresh
-    )
+        layer, call, weights, state, rows_of(dy), tuple(needs[1:]), dtype, needs_dx=needs[0],
+        overwrite=is_fresh or overwrites_kept,
+    )  # fmt: skip
     return None if dx is None else dx.view(dy.shape), grads
 
 
@@ -296,7 +305,7 @@ def _backward(
     extended = layer.down.output_buffer(dy, dtype)
     dy_rows = extended[:, : layer.down.out_features]
     if layer.mlp_out_norm is None:
-        dy_rows.copy_(dy)
+        copy_rows(dy_rows, dy)
     else:
         norm_grads["mlp_out_norm"] = _normed_backward(
             dy, state.mlp_out, state.mlp_out_rstd, layer.mlp_out_norm, dy_rows, needs_norm["mlp_out_norm"]
@@ -346,7 +355,7 @@ def _backward(
         )  # fmt: skip
         state.attention_out = None
     elif not in_place:
-        dout_rows.copy_(dmiddle)
+        copy_rows(dout_rows, dmiddle)
     del dhidden
 
     result, out_rows = state.attention, state.attention.rows

@@ -33,6 +33,7 @@ from .kept_weights import KeptForm, KeptWeights
 from .nf4 import Nf4Weight, dequantize_nf4
 from .products import add_matmul, matmul_fp32
 from .projections import PARAMETERS_PER_PROJECTION, Projection, ProjectionGroup
+from .row_copy import copy_rows
 
 _MAX_FILLED = 3
 
@@ -136,7 +137,7 @@ def project(
     is_copied = extended is None and prepared.joined is not None and group.extension > 0
     if is_copied:
         extended = group.input_buffer(x, x.dtype)
-        x = extended[:, : group.in_features].copy_(x)
+        x = copy_rows(extended[:, : group.in_features], x)
     beside = None if extended is None or group.is_fp8 else extended[:, group.in_features :]
     low_rank = low_rank_input(prepared, x, masks, out=beside)
     if prepared.fp8 is not None:
@@ -333,7 +334,7 @@ def _joined_weights(
     for rows, projection in zip(group.row_slices, group.projections, strict=True):
         target = joined[rows, : group.in_features]
         if not isinstance(projection.weight, Nf4Weight):
-            target.copy_(projection.weight)
+            copy_rows(target, projection.weight)
         elif known is None:
             dequantize_nf4(projection.weight, dtype, out=target)
     remember(joined)
@@ -480,7 +481,7 @@ class _ProjectGroup(torch.autograd.Function):
             prepared = prepare(group, ctx.dtype, rows=dy_rows.shape[0])
             if prepared.joined is not None and group.extension:
                 extended = group.output_buffer(dy_rows, ctx.dtype)
-                dy_rows = extended[:, : group.out_features].copy_(dy_rows)
+                dy_rows = copy_rows(extended[:, : group.out_features], dy_rows)
             dx, dy_low_rank = input_grad(prepared, dy_rows, masks, extended=extended, needs_dx=ctx.needs_input_grad[0])
             grads = parameter_grads(
                 prepared, dy_rows, dy_low_rank, rows_of(x).to(ctx.dtype), low_rank, masks, ctx.needs_input_grad[2:]

@@ -45,6 +45,7 @@ from .lora import (
 from .random_state import random_state, replayed
 from .rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
 from .rope import rope_apply, rope_reference
+from .row_copy import copy_rows
 
 _PARAMETERS_PER_NORM = 2
 
@@ -313,7 +314,7 @@ def _backward(
     assert up is not None
     prepared = weights.take("down")
     extended = block.down.output_buffer(dy, dtype)
-    dy_rows = extended[:, : block.down.out_features].copy_(dy)
+    dy_rows = copy_rows(extended[:, : block.down.out_features], dy)
     hidden, dy_low_rank = input_grad(prepared, dy_rows, state.down_masks, extended=extended)
     assert hidden is not None
     dup_extended = up if overwrite else block.up.output_buffer(dy, dtype)
@@ -346,7 +347,7 @@ def _backward(
         out=dmiddle_rows if same_dtype else None,
     )  # fmt: skip
     if not same_dtype:
-        dmiddle_rows.copy_(dmiddle)
+        copy_rows(dmiddle_rows, dmiddle)
     del dhidden
 
     result = state.attention

@@ -96,6 +96,9 @@ class _Parcel:
         return self.slots[index].arrive()
 
     def __del__(self) -> None:
+        for slot in self.slots:
+            if slot.value is not None:  # nobody wanted it back, but its copy may still be under way
+                slot.arrive()
         self.memory.give(self.piece)
 
 
@@ -145,6 +148,12 @@ class HostOffload:
         self._leaving = (leaving, copied)
         parcel = self._last = _Parcel(slots, piece, memory, self._last)
         return [functools.partial(self._fetch, parcel, index) for index in range(len(slots))]
+
+    def turn(self) -> None:
+        """The layers from here on stay: nothing else leaves, and what will be wanted first starts on its way back."""
+        self.let_go()
+        if self._last is not None:
+            _start_back(self._last.slots[:1])
 
     def let_go(self) -> None:
         """Drop the tensors whose copies were started last; the device waits until they are done."""

@@ -102,7 +102,7 @@ class ActivationPlanner:
             self._begin(x, layer)
         self._last_index = index
         if not self._plan[index].is_offloaded:
-            self._offload.let_go()
+            self._offload.turn()
         return self._plan[index]
 
     def kept_weights(self, index: int, x: torch.Tensor) -> KeptWeights | None:
@@ -198,8 +198,8 @@ class ActivationPlanner:
         sizes = LayerBytes.of(layer, dtype)
         floor = self._floor(layer, sizes, tokens, device)
         if self.setting == "offload":
-            # The last layer's input is wanted back at once.
-            plan = [floor] * (count - 1) + [Keep.INPUT]
+            # The last layer's backward comes at once, and needs as much as it would keep.
+            plan = [floor] * (count - 1) + [Keep.ALL if floor.is_offloaded else Keep.INPUT]
             _tell_of_host(plan, tokens, sizes)
             return plan
         self.recordings.release()
@@ -207,7 +207,8 @@ class ActivationPlanner:
         budget = free - _MARGIN * free - _MARGIN_BYTES - self.reserved_bytes - sizes.transient(tokens)
         kept, on_device = self._layers_that_fit(sizes, tokens, budget, floor)
         plan = [floor] * (count - kept - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
-        spare = budget - count * (sizes.layer_input + sizes.stash) * tokens if kept == count else 0
+        beside_one = (count * sizes.layer_input + (count - 1) * sizes.stash) * tokens
+        spare = budget - beside_one if kept == count else 0
         spare -= _recorded_bytes(sizes, tokens, count, count) if tokens <= most_rows(layer) else 0
         self._weights.allow(spare, sizes.kept_weights, device, f"a batch of up to {tokens:,} tokens takes the memory")
         held = tokens * (kept * sizes.stash + (kept + on_device) * sizes.layer_input)
@@ -217,18 +218,19 @@ class ActivationPlanner:
         return plan
 
     def _layers_that_fit(self, sizes: LayerBytes, tokens: int, budget: float, floor: Keep) -> tuple[int, int]:
-        """How many layers keep everything, and how many of the others their input on the device."""
+        """How many layers keep everything, and how many of the others their input on the device. What the last one
+        keeps is not part of the budget, but of what a backward takes for a moment."""
         count = self.num_layers
-        layer_input, stash = sizes.layer_input * tokens, sizes.stash * tokens
-        kept = max(0, min(count, int((budget - count * layer_input) // max(1, stash))))
-        if floor is Keep.OFFLOADED_ATTENTION and kept < count:
+        layer_input, stash = sizes.layer_input * tokens, max(1, sizes.stash * tokens)
+        more = max(0, min(count - 1, int((budget - count * layer_input) // stash)))
+        if floor is Keep.OFFLOADED_ATTENTION and more < count - 1:
             # A layer whose attention half is on the host takes less here than one with its input, and is faster.
             moving = sizes.attention_half * tokens + layer_input
-            kept = max(0, min(count - 1, int((budget - moving) // max(1, layer_input + stash))))
-            return kept, int(kept == 0)  # the last layer's input is wanted back at once
-        if kept == 0:
-            return 0, max(1, min(count, int(budget // max(1, layer_input))))
-        return kept, count - kept
+            more = max(0, min(count - 2, int((budget - moving) // (layer_input + stash))))
+            return 1 + more, 0
+        if more == 0:
+            return 1, max(0, min(count - 1, int(budget // max(1, layer_input)) - 1))
+        return 1 + more, count - 1 - more
 
     def _floor(self, layer: DecoderLayer, sizes: LayerBytes, tokens: int, device: torch.device) -> Keep:
         """What a layer keeps at the least: its input, here where the inputs of all layers are small, else on the host;
@@ -298,11 +300,10 @@ class LayerBytes:
         attention_half += layer.qkv.extension + layer.output.extension
         stash = size * (qkv + raw + attended + (1 + normed) * width + 2 * inner + extensions)
         stash += 4 * (attended // layer.head_dim + 4 + normed)
-        backward = size * (5 * inner + (6 + 2 * normed) * width + 2 * qkv + attended)
+        backward = size * (3 * inner + (6 + 2 * normed) * width + 2 * qkv + attended)
         # Before an FP8 product its input is written a second time, a byte a value.
         backward += max(max(group.in_features, group.out_features) * group.is_fp8 for group in layer.groups())
-        largest = max(group.out_features * (group.in_features + group.extension) for group in layer.groups())
-        total = sum(group.out_features * (group.in_features + group.extension) for group in layer.groups())
+        weights = sum(group.out_features * (group.in_features + group.extension) for group in layer.groups())
         # Under autocast they are smaller than this.
         widest = max(dtype, layer.qkv.dtype or dtype, key=lambda dtype: dtype.itemsize)
         kept_weights = sum(group.kept_bytes(widest) for group in layer.groups())
@@ -312,13 +313,14 @@ class LayerBytes:
         )
         return cls(
             stash=stash, layer_input=size * width, attention_half=size * attention_half, backward=backward,
-            weights=size * (total + largest), kept_weights=kept_weights, gradients=gradient_bytes(layer),
+            weights=size * weights, kept_weights=kept_weights, gradients=gradient_bytes(layer),
             attention_flops=attention_flops, mlp_flops=mlp_flops,
         )  # fmt: skip
 
     def transient(self, tokens: int) -> int:
-        """The most that is alive at once besides what the layers keep: a layer's backward, or the head's chunks."""
-        head = tokens * 2 * self.layer_input + 3 * 2**28
+        """The most that is alive at once besides what all layers but one keep: a layer's backward, or the head's chunks
+        and what the last layer keeps."""
+        head = tokens * (2 * self.layer_input + self.stash) + 3 * 2**28
         return max(tokens * self.backward + self.weights, head)
 
 

@@ -48,8 +48,10 @@ def test_curves_say_how_far_they_are_apart(data):
     data["curves"] = [
         {**common, "peer": "hf", "losses": [3.0, 2.0]},
         {**common, "peer": "fastllm", "losses": [3.0, 2.5]},
+        {**common, "peer": "fastllm", "way": "fp8", "losses": [3.0, 2.75]},
     ]
-    assert "at most 5.0e-01" in words(curves_plot(data))
+    said = words(curves_plot(data))
+    assert "at most 5.0e-01" in said and "at most 7.5e-01" in said and "fastllm, FP8" in said
 
 
 def test_gpus_are_not_mixed(data):

@@ -36,6 +36,7 @@ from fastllm.kernels.low_rank_glu import LowRankTerm, low_rank_glu_backward, low
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
 from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from fastllm.kernels.rope import rope
+from fastllm.kernels.row_copy import copy_rows
 
 TARGETS = {
     **{f"sm_{c}": GPUTarget("cuda", c, 32) for c in (75, 80, 86, 89, 90, 100)},
@@ -96,6 +97,7 @@ def launches(dtype: torch.dtype) -> None:
         transposed_values(quantize_rows(new(ROWS, columns), factors=torch.ones(columns)))
     for width in (2304, 4096):
         read_rows(new(ROWS, width), torch.arange(ROWS))
+        copy_rows(new(ROWS, width + 16)[:, :width], new(ROWS, width))
     x = new(ROWS, 4096)
     for count in (1, 2, 3):
         projections = [Projection(new(256, 4096), None, new(16, 4096), new(256, 16), 2.0) for _ in range(count)]

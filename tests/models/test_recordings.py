@@ -395,7 +395,7 @@ def test_layers_are_recorded_all_or_not_at_all(make, device, monkeypatch):
     model, without = make(setting="offload")
     for each in (model, without):
         planner = planner_of(each)
-        plan = [Keep.OFFLOADED_INPUT] * 3 + [Keep.INPUT]
+        plan = [Keep.OFFLOADED_INPUT] * 3 + [Keep.ALL]
         monkeypatch.setattr(planner, "_make_plan", lambda *_, plan=plan: plan)
         monkeypatch.setattr(planner, "offload", lambda tensors: [lambda tensor=tensor: tensor for tensor in tensors])
         assert not planner.frees_weights
