@@ -1,0 +1,233 @@
+"""AdamW with 8-bit states, in place and in one launch: bitsandbytes' blockwise update of the optimizer "adam".
+
+    s1 = beta1 * s1 + (1 - beta1) * g                 c1 = 1 - beta1^step
+    s2 = beta2 * s2 + (1 - beta2) * g^2               c2 = sqrt(1 - beta2^step)
+    p  = round(p - lr * c2 / c1 * s1 / (sqrt(s2) + c2 * eps)),     then  p = round(p * (1 - lr * weight_decay))
+
+Layout: a state is a code, uint8, for each value and a scale `absmax`, fp32, for each 256 values in row-major order: the
+value is map[code] * absmax, and absmax becomes the largest magnitude in the block. The maps are the dynamic ones,
+ascending fp32 [256]. Where g is not finite, states become zero and p stays.
+Codes: the nearest to s / absmax; a midpoint has the even one. A negative s1 never gets the code of zero, which is that
+of a positive one. A block of nothing but zeros has code 255 in state 1 (0 where s1 is -0) and 0 in state 2.
+Dtypes: p and g fp32, bf16 or fp16; arithmetic in fp32. Sums and products are fused where bitsandbytes' CUDA kernel fuses
+them, in the order of its machine code (0.50.2, sm_90), with the same approximations of 1/x, sqrt, exp2 and log2, so that
+both give the same bits on NVIDIA GPUs. They may part below 2^-126, which bitsandbytes takes for zero and this kernel for
+zero in absmax only, above 2^126, and where an update overflows. The reference rounds exactly: c1 and c2 are then off by
+up to 1e-4, and one code in some 100,000 lies so close to a midpoint that it becomes the other one.
+Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861; Dettmers, "8-Bit
+Approximations for Parallelism in Deep Learning", arXiv 1511.04561, for the maps.
+"""
+
+import torch
+
+from .dispatch import jit, launch_on, tl, triton, use_triton
+
+BLOCK = 256
+_BLOCKS_PER_PROGRAM = 4
+_NUM_WARPS = 4
+_DECADES = 7
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+
+
+def adam_8bit(
+    p: torch.Tensor,
+    gradient: torch.Tensor,
+    codes: tuple[torch.Tensor, torch.Tensor],
+    absmax: tuple[torch.Tensor, torch.Tensor],
+    tables: torch.Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update `p`, its two `codes` (uint8, as many as p has values) and `absmax` (fp32, one a block) in place.
+
+    All are contiguous, and of any shape; `tables` is what `code_tables` gives, `step` counts from 1.
+    """
+    if not use_triton(p):
+        adam_8bit_reference(
+            p, gradient, codes, absmax, tables, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+    elif p.numel():
+        with launch_on(p):
+            _adam_8bit_kernel[(triton.cdiv(p.numel(), BLOCK * _BLOCKS_PER_PROGRAM),)](
+                p, gradient, *codes, *absmax, tables, p.numel(),
+                float(step), lr, *betas, eps, weight_decay,
+                HAS_DECAY=weight_decay > 0, BLOCKS=_BLOCKS_PER_PROGRAM, BLOCK=BLOCK,
+                num_warps=_NUM_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+def adam_8bit_reference(
+    p: torch.Tensor,
+    gradient: torch.Tensor,
+    codes: tuple[torch.Tensor, torch.Tensor],
+    absmax: tuple[torch.Tensor, torch.Tensor],
+    tables: torch.Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The definition: as `adam_8bit`."""
+    map1, thresholds1, map2, thresholds2 = tables
+    # As C floats: 1 - beta2 of 0.999 is off by 1e-5 that way, which the states of bitsandbytes have in them.
+    lr, beta1, beta2, eps, weight_decay = torch.tensor([lr, *betas, eps, weight_decay], device=p.device)
+    c1, c2 = 1 - beta1.double() ** step, (1 - beta2.double() ** step).sqrt()
+    g = _in_blocks(gradient, 0.0).float()
+    finite = g.isfinite()
+    s1, s2 = (
+        m[_in_blocks(code, zero).int()] * scale[:, None]
+        for m, code, scale, zero in zip((map1, map2), codes, absmax, (127, 0), strict=True)
+    )
+    s1 = torch.where(finite, _fma(g, 1 - beta1, s1 * beta1), 0.0)
+    s2 = torch.where(finite, _fma(g, g * (1 - beta2), s2 * beta2), 0.0)
+    update = s1 / _fma(c2, eps, s2.sqrt())
+    values = _in_blocks(p, 0.0)
+    updated = _fma((-lr * c2 / c1).float(), update, values.float()).to(p.dtype)
+    if weight_decay > 0:
+        updated = (updated.float() * _fma(-lr, weight_decay, torch.ones_like(lr))).to(p.dtype)
+    p.copy_(_out_of_blocks(torch.where(finite, updated, values), p))
+    negative = torch.signbit(s1)
+    x1, absmax1 = _scaled(s1, torch.where(negative, -1.0, 1.0))
+    x2, absmax2 = _scaled(s2, torch.zeros_like(s2))
+    code1, code2 = (torch.searchsorted(t[:-1].contiguous(), x) for t, x in ((thresholds1, x1), (thresholds2, x2)))
+    code1 = torch.where(negative, code1.clamp(max=126), code1)
+    for target, value in zip((*codes, *absmax), (code1, code2, absmax1, absmax2), strict=True):
+        target.copy_(_out_of_blocks(value, target))
+
+
+def code_tables(map1: torch.Tensor, map2: torch.Tensor) -> torch.Tensor | None:
+    """Rows of `[4, 256]` fp32: the map of state 1, its thresholds, the map of state 2, its thresholds.
+
+    The code of x is the number of thresholds below x: midpoints of neighbours, where the even neighbour is the higher
+    one the float before. None for maps other than bitsandbytes' signed and unsigned dynamic ones, which the kernel
+    relies on.
+    """
+    unsigned, positive = _dynamic_map(2), _dynamic_map(1)
+    signed = torch.cat((-positive[1:-1].flip(0), positive))
+    for given, expected in ((map1, signed), (map2, unsigned)):
+        if given.shape != expected.shape or not torch.allclose(given.double().cpu(), expected, rtol=1e-5, atol=0.0):
+            return None
+    return torch.stack((map1, _thresholds(map1), map2, _thresholds(map2)))
+
+
+def _dynamic_map(first_bins: int) -> torch.Tensor:
+    """Zero, seven decades from 1e-7 to 1, each cut into twice as many bins as the one before, and one: the midpoints of
+    the bins, float64 `[127 * first_bins + 2]`."""
+    bins = [first_bins * 2**i for i in range(_DECADES)]
+    decades = [
+        10.0 ** (i - _DECADES + 1) * (0.1 + 0.9 * (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+        for i, n in enumerate(bins)
+    ]
+    return torch.cat((torch.zeros(1), *decades, torch.ones(1)))
+
+
+def _thresholds(ascending: torch.Tensor) -> torch.Tensor:
+    """255 thresholds between the values of a map, and infinity."""
+    midpoints = (ascending[:-1] + ascending[1:]) * 0.5
+    infinity = torch.full_like(midpoints[:1], torch.inf)
+    midpoints[1::2] = torch.nextafter(midpoints[1::2], -infinity)
+    return torch.cat((midpoints, infinity))
+
+
+def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c in fp32 with one rounding, but for what a second one from float64 does once in 2^29."""
+    return torch.addcmul(c.double(), a.double(), b.double()).float()
+
+
+def _in_blocks(flat: torch.Tensor, padding: float) -> torch.Tensor:
+    return torch.nn.functional.pad(flat.flatten(), (0, -flat.numel() % BLOCK), value=padding).view(-1, BLOCK)
+
+
+def _out_of_blocks(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return blocks.flatten()[: like.numel()].view(like.shape)
+
+
+def _scaled(s: torch.Tensor, of_zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """s / absmax, or `of_zeros` in blocks of zeros, and absmax."""
+    absmax = s.abs().amax(dim=1, keepdim=True)
+    absmax = torch.where(absmax < _SMALLEST_NORMAL.value, 0.0, absmax)
+    x = s * (1 / absmax)
+    return torch.where(x.isnan(), of_zeros, x), absmax
+
+
+@jit
+def _adam_8bit_kernel(
+    p_ptr, g_ptr, code1_ptr, code2_ptr, absmax1_ptr, absmax2_ptr, tables_ptr, size,
+    step, lr, beta1, beta2, eps, weight_decay,
+    HAS_DECAY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    beta1, beta2 = tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32)  # Triton's interpreter has Python's floats
+    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    live, live_blocks = at < size, blocks * BLOCK < size
+    # Past the end are the codes of zero.
+    code1 = tl.load(code1_ptr + at, mask=live, other=127).to(tl.int32)
+    code2 = tl.load(code2_ptr + at, mask=live, other=0).to(tl.int32)
+    absmax1 = tl.load(absmax1_ptr + blocks, mask=live_blocks, other=0.0)
+    absmax2 = tl.load(absmax2_ptr + blocks, mask=live_blocks, other=0.0)
+    g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
+    p = tl.load(p_ptr + at, mask=live, other=0.0)
+    finite = tl.abs(g) < float("inf")
+    s1 = tl.load(tables_ptr + code1) * absmax1[:, None] * beta1
+    s2 = tl.load(tables_ptr + 2 * 256 + code2) * absmax2[:, None] * beta2
+    s1 = tl.where(finite, tl.fma(g, 1.0 - beta1, s1), 0.0)
+    s2 = tl.where(finite, tl.fma(g, g * (1.0 - beta2), s2), 0.0)
+
+    c1 = 1.0 - tl.exp2(step * tl.log2(beta1))
+    c2 = tl.sqrt(1.0 - tl.exp2(step * tl.log2(beta2)))
+    step_size = c2 * lr * -(1.0 / c1)
+    update = s1 * (1.0 / tl.fma(c2, eps, tl.sqrt(s2)))
+    updated = tl.fma(step_size, update, p.to(tl.float32)).to(p.dtype)
+    if HAS_DECAY:
+        updated = (updated.to(tl.float32) * tl.fma(-lr, weight_decay, 1.0)).to(p.dtype)
+    tl.store(p_ptr + at, tl.where(finite, updated, p), mask=live)
+
+    negative = s1.to(tl.int32, bitcast=True) < 0
+    x1, absmax1 = _scaled_by_block(s1, tl.where(negative, -1.0, 1.0))
+    x2, absmax2 = _scaled_by_block(s2, 0.0)
+    magnitude = _code_at_most(tl.abs(x1), 1)
+    code1 = tl.where(negative, 126 - tl.minimum(magnitude, 126), 127 + magnitude)
+    code1 = _next_where_above(x1, code1, tables_ptr + 256)
+    code1 = tl.where(negative, tl.minimum(code1, 126), code1)
+    code2 = _next_where_above(x2, _code_at_most(x2, 2), tables_ptr + 3 * 256)
+    tl.store(code1_ptr + at, code1.to(tl.uint8), mask=live)
+    tl.store(code2_ptr + at, code2.to(tl.uint8), mask=live)
+    tl.store(absmax1_ptr + blocks, absmax1, mask=live_blocks)
+    tl.store(absmax2_ptr + blocks, absmax2, mask=live_blocks)
+
+
+@jit
+def _scaled_by_block(s, of_zeros):
+    """s / absmax, or `of_zeros` in blocks of zeros, and absmax."""
+    absmax = tl.max(tl.abs(s), axis=1)
+    absmax = tl.where(absmax < _SMALLEST_NORMAL, 0.0, absmax)
+    x = s * (1.0 / absmax)[:, None]
+    return tl.where(x == x, x, of_zeros), absmax
+
+
+@jit
+def _code_at_most(x, FIRST_BINS: tl.constexpr):
+    """The code of x >= 0 among those of a dynamic map from zero on, or one less.
+
+    Within a decade the code grows linearly with x, and each decade has twice the bins of the one before, at ten times
+    the width: slopes that fall by five on lines that meet at the ends of decades. So the code is the least of seven
+    lines. True thresholds are a quarter of a bin before to a fifth after where the lines reach a whole number (they are
+    midpoints of values, which differ from the ends of bins at the ends of decades), so half a bin is taken off.
+    """
+    slope: tl.constexpr = FIRST_BINS * 1e6 / 0.9
+    offset: tl.constexpr = FIRST_BINS * 8 / 9
+    lines = tl.fma(x, slope, offset - FIRST_BINS + 0.5)
+    for decade in tl.static_range(1, 7):
+        lines = tl.minimum(lines, tl.fma(x, slope / 5**decade, offset * 2**decade - FIRST_BINS + 0.5))
+    return lines.to(tl.int32)
+
+
+@jit
+def _next_where_above(x, code, thresholds_ptr):
+    return code + (x > tl.load(thresholds_ptr + code)).to(tl.int32)
