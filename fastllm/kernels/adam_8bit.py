@@ -5,22 +5,24 @@
     p  = round(p - lr * c2 / c1 * s1 / (sqrt(s2) + c2 * eps)),     then  p = round(p * (1 - lr * weight_decay))
 
 Layout: a state is a code, uint8, for each value and a scale `absmax`, fp32, for each 256 values in row-major order: the
-value is map[code] * absmax, and absmax becomes the largest magnitude in the block. The maps are the dynamic ones,
-ascending fp32 [256]. Where g is not finite, states become zero and p stays.
-Codes: the nearest to s / absmax; a midpoint has the even one. A negative s1 never gets the code of zero, which is that
-of a positive one. A block of nothing but zeros has code 255 in state 1 (0 where s1 is -0) and 0 in state 2.
-Dtypes: p and g fp32, bf16 or fp16; arithmetic in fp32. Sums and products are fused where bitsandbytes' CUDA kernel fuses
-them, in the order of its machine code (0.50.2, sm_90), with the same approximations of 1/x, sqrt, exp2 and log2, so that
-both give the same bits on NVIDIA GPUs. They may part below 2^-126, which bitsandbytes takes for zero and this kernel for
-zero in absmax only, above 2^126, and where an update overflows. The reference rounds exactly: c1 and c2 are then off by
-up to 1e-4, and one code in some 100,000 lies so close to a midpoint that it becomes the other one.
+value is map[code] * absmax, and absmax becomes the largest magnitude in the block. The maps are bitsandbytes' dynamic
+ones, ascending fp32 [256], signed for state 1 and unsigned for state 2.
+Codes: the nearest to s / absmax, the even one where two are as near. A negative s1 never gets the code of zero, nor one
+on the other side. A block of nothing but zeros has codes 255 in state 1 (0 where s1 is -0) and 0 in state 2. Where g is
+not finite, both states become zero and p stays.
+Dtypes: p and g fp32, bf16 or fp16; arithmetic in fp32.
+Bits: sums and products are those of bitsandbytes' CUDA kernel in its order, fused where its machine code fuses them
+(0.50.2, sm_90), with the same approximations of 1/x, sqrt, exp2 and log2. On NVIDIA GPUs parameters, codes and absmax
+are meant to have the same bits, but for states below 2^-126 or above 2^126 and blocks in which g^2 overflows. The
+reference rounds exactly: c2 is then up to 1e-4 away in the first steps (as the GPU's log2 of 0.999 is), the last bits
+of states differ, and of 100,000 codes one or so that lies between two.
 Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861; Dettmers, "8-Bit
 Approximations for Parallelism in Deep Learning", arXiv 1511.04561, for the maps.
 """
 
 import torch
 
-from .dispatch import jit, launch_on, tl, triton, use_triton
+from .dispatch import compiles_to_ptx, jit, launch_on, tl, triton, use_triton
 
 BLOCK = 256
 _BLOCKS_PER_PROGRAM = 4
@@ -55,7 +57,7 @@ def adam_8bit(
             _adam_8bit_kernel[(triton.cdiv(p.numel(), BLOCK * _BLOCKS_PER_PROGRAM),)](
                 p, gradient, *codes, *absmax, tables, p.numel(),
                 float(step), lr, *betas, eps, weight_decay,
-                HAS_DECAY=weight_decay > 0, BLOCKS=_BLOCKS_PER_PROGRAM, BLOCK=BLOCK,
+                HAS_DECAY=weight_decay > 0, PTX=compiles_to_ptx(p), BLOCKS=_BLOCKS_PER_PROGRAM, BLOCK=BLOCK,
                 num_warps=_NUM_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 
@@ -160,7 +162,7 @@ def _scaled(s: torch.Tensor, of_zeros: torch.Tensor) -> tuple[torch.Tensor, torc
 def _adam_8bit_kernel(
     p_ptr, g_ptr, code1_ptr, code2_ptr, absmax1_ptr, absmax2_ptr, tables_ptr, size,
     step, lr, beta1, beta2, eps, weight_decay,
-    HAS_DECAY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DECAY: tl.constexpr, PTX: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     beta1, beta2 = tl.cast(beta1, tl.float32), tl.cast(beta2, tl.float32)  # Triton's interpreter has Python's floats
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -174,13 +176,16 @@ def _adam_8bit_kernel(
     g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
     p = tl.load(p_ptr + at, mask=live, other=0.0)
     finite = tl.abs(g) < float("inf")
-    s1 = tl.load(tables_ptr + code1) * absmax1[:, None] * beta1
-    s2 = tl.load(tables_ptr + 2 * 256 + code2) * absmax2[:, None] * beta2
-    s1 = tl.where(finite, tl.fma(g, 1.0 - beta1, s1), 0.0)
-    s2 = tl.where(finite, tl.fma(g, g * (1.0 - beta2), s2), 0.0)
+    s1 = _look_up(tables_ptr, code1) * absmax1[:, None]
+    s2 = _look_up(tables_ptr + 2 * 256, code2) * absmax2[:, None]
+    s1 = tl.where(finite, tl.fma(g, 1.0 - beta1, s1 * beta1), 0.0)
+    g2 = g * (1.0 - beta2)
+    # Which of the products is rounded before the sum is bitsandbytes' compiler's choice.
+    s2 = tl.fma(g, g2, s2 * beta2) if g_ptr.dtype.element_ty == tl.float32 else tl.fma(s2, beta2, g * g2)
+    s2 = tl.where(finite, s2, 0.0)
 
-    c1 = 1.0 - tl.exp2(step * tl.log2(beta1))
-    c2 = tl.sqrt(1.0 - tl.exp2(step * tl.log2(beta2)))
+    c1 = 1.0 - tl.exp2(step * _log2(beta1, PTX))
+    c2 = tl.sqrt(1.0 - tl.exp2(step * _log2(beta2, PTX)))
     step_size = c2 * lr * -(1.0 / c1)
     update = s1 * (1.0 / tl.fma(c2, eps, tl.sqrt(s2)))
     updated = tl.fma(step_size, update, p.to(tl.float32)).to(p.dtype)
@@ -188,14 +193,13 @@ def _adam_8bit_kernel(
         updated = (updated.to(tl.float32) * tl.fma(-lr, weight_decay, 1.0)).to(p.dtype)
     tl.store(p_ptr + at, tl.where(finite, updated, p), mask=live)
 
+    x1, absmax1 = _magnitude_in_block(s1)
+    x2, absmax2 = _magnitude_in_block(s2)
+    x1 = tl.where((absmax1 == 0.0)[:, None], 1.0, x1)
+    step1 = _nearest(x1, tables_ptr + 256 + 127, 1)  # the map of state 1 is symmetric, with zero at 127
     negative = s1.to(tl.int32, bitcast=True) < 0
-    x1, absmax1 = _scaled_by_block(s1, tl.where(negative, -1.0, 1.0))
-    x2, absmax2 = _scaled_by_block(s2, 0.0)
-    magnitude = _code_at_most(tl.abs(x1), 1)
-    code1 = tl.where(negative, 126 - tl.minimum(magnitude, 126), 127 + magnitude)
-    code1 = _next_where_above(x1, code1, tables_ptr + 256)
-    code1 = tl.where(negative, tl.minimum(code1, 126), code1)
-    code2 = _next_where_above(x2, _code_at_most(x2, 2), tables_ptr + 3 * 256)
+    code1 = 127 + tl.where(negative, -tl.minimum(tl.maximum(step1, 1), 127), step1)
+    code2 = _nearest(x2, tables_ptr + 3 * 256, 2)
     tl.store(code1_ptr + at, code1.to(tl.uint8), mask=live)
     tl.store(code2_ptr + at, code2.to(tl.uint8), mask=live)
     tl.store(absmax1_ptr + blocks, absmax1, mask=live_blocks)
@@ -203,31 +207,42 @@ def _adam_8bit_kernel(
 
 
 @jit
-def _scaled_by_block(s, of_zeros):
-    """s / absmax, or `of_zeros` in blocks of zeros, and absmax."""
-    absmax = tl.max(tl.abs(s), axis=1)
-    absmax = tl.where(absmax < _SMALLEST_NORMAL, 0.0, absmax)
-    x = s * (1.0 / absmax)[:, None]
-    return tl.where(x == x, x, of_zeros), absmax
+def _log2(x, PTX: tl.constexpr):
+    """Where it can be had, the approximation in bitsandbytes' powers of beta; `tl.log2` is exact to the last bit."""
+    if PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
 
 
 @jit
-def _code_at_most(x, FIRST_BINS: tl.constexpr):
-    """The code of x >= 0 among those of a dynamic map from zero on, or one less.
+def _magnitude_in_block(s):
+    """|s| / absmax, or zero where that is; absmax."""
+    s = tl.abs(s)
+    absmax = tl.max(s, axis=1)
+    absmax = tl.where(absmax < _SMALLEST_NORMAL, 0.0, absmax)
+    return s * tl.where(absmax == 0.0, 0.0, 1.0 / absmax)[:, None], absmax
 
-    Within a decade the code grows linearly with x, and each decade has twice the bins of the one before, at ten times
-    the width: slopes that fall by five on lines that meet at the ends of decades. So the code is the least of seven
-    lines. True thresholds are a quarter of a bin before to a fifth after where the lines reach a whole number (they are
-    midpoints of values, which differ from the ends of bins at the ends of decades), so half a bin is taken off.
+
+@jit
+def _nearest(x, thresholds_ptr, FIRST_BINS: tl.constexpr):
+    """How many thresholds lie below x >= 0: the nearest code of a dynamic map, counted from that of zero.
+
+    Within a decade the count grows linearly with x, and each decade has twice the bins of the one before at ten times
+    the width. So the count is near the least of seven lines, whose slopes fall by five and which meet at the ends of
+    decades. Thresholds are midpoints of values: some lie a quarter of a bin before the end of one or a fifth behind it.
+    With half a bin taken off, the lines give the count or one less, and one look into the table decides.
     """
     slope: tl.constexpr = FIRST_BINS * 1e6 / 0.9
     offset: tl.constexpr = FIRST_BINS * 8 / 9
-    lines = tl.fma(x, slope, offset - FIRST_BINS + 0.5)
+    start: tl.constexpr = 0.5 - FIRST_BINS
+    lines = tl.fma(x, slope, start + offset)
     for decade in tl.static_range(1, 7):
-        lines = tl.minimum(lines, tl.fma(x, slope / 5**decade, offset * 2**decade - FIRST_BINS + 0.5))
-    return lines.to(tl.int32)
+        lines = tl.minimum(lines, tl.fma(x, slope / 5**decade, start + offset * 2**decade))
+    limit: tl.constexpr = 127.0 * FIRST_BINS
+    count = tl.where(lines < limit, lines, limit).to(tl.int32)  # not a minimum, for NaN has to stay in the table too
+    return count + (x > _look_up(thresholds_ptr, count)).to(tl.int32)
 
 
 @jit
-def _next_where_above(x, code, thresholds_ptr):
-    return code + (x > tl.load(thresholds_ptr + code)).to(tl.int32)
+def _look_up(table_ptr, index):
+    return tl.load(table_ptr + index)
