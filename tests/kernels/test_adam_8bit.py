@@ -262,15 +262,15 @@ def test_other_maps_have_no_tables():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_nearly_bitsandbytes_on_a_cpu(dtype):
     """Its CPU code decays p before the update, so that p has no decay here, and its search there finds another code for
-    one value in 900 of state 1 and one in 30 of state 2: a neighbour, or near zero one of the next few."""
+    up to one value in 300 of state 1 and one in 30 of state 2: a neighbour, or near zero one of the next few."""
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(20_000, generator=generator).to(dtype)
     ours, theirs = Training(p.clone()), Training(p.clone())
     g = torch.randn(20_000, generator=generator).to(dtype)
     ours.take(g, weight_decay=0.0)
     theirs.take_bitsandbytes(g, weight_decay=0.0)
-    assert units_apart(ours.p, theirs.p).double().quantile(0.999) <= 1
-    for index, few in enumerate((40, 1000)):
+    assert torch.allclose(ours.p, theirs.p, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    for index, few in enumerate((100, 1000)):
         assert ours.codes[index].ne(theirs.codes[index]).sum() <= few
         scale = ours.absmax[index].repeat_interleave(256)[: p.numel()]
         assert ((ours.states()[index] - theirs.states()[index]).abs() <= 0.015 * scale).all()
