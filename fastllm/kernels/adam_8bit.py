@@ -28,7 +28,6 @@ BLOCK = 256
 _BLOCKS_PER_PROGRAM = 4
 _NUM_WARPS = 4
 _DECADES = 7
-_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 def adam_8bit(
@@ -78,7 +77,7 @@ def adam_8bit_reference(
     """The definition: as `adam_8bit`."""
     map1, thresholds1, map2, thresholds2 = tables
     # As C floats: 1 - beta2 of 0.999 is off by 1e-5 that way, which the states of bitsandbytes have in them.
-    lr, beta1, beta2, eps, weight_decay = torch.tensor([lr, *betas, eps, weight_decay], device=p.device)
+    rate, beta1, beta2, least, decay = torch.tensor([lr, *betas, eps, weight_decay], device=p.device).unbind()
     c1, c2 = 1 - beta1.double() ** step, (1 - beta2.double() ** step).sqrt()
     g = _in_blocks(gradient, 0.0).float()
     finite = g.isfinite()
@@ -88,11 +87,11 @@ def adam_8bit_reference(
     )
     s1 = torch.where(finite, _fma(g, 1 - beta1, s1 * beta1), 0.0)
     s2 = torch.where(finite, _fma(g, g * (1 - beta2), s2 * beta2), 0.0)
-    update = s1 / _fma(c2, eps, s2.sqrt())
+    update = s1 / _fma(c2, least, s2.sqrt())
     values = _in_blocks(p, 0.0)
-    updated = _fma((-lr * c2 / c1).float(), update, values.float()).to(p.dtype)
+    updated = _fma((-rate * c2 / c1).float(), update, values.float()).to(p.dtype)
     if weight_decay > 0:
-        updated = (updated.float() * _fma(-lr, weight_decay, torch.ones_like(lr))).to(p.dtype)
+        updated = (updated.float() * _fma(-rate, decay, torch.ones_like(rate))).to(p.dtype)
     p.copy_(_out_of_blocks(torch.where(finite, updated, values), p))
     negative = torch.signbit(s1)
     x1, absmax1 = _scaled(s1, torch.where(negative, -1.0, 1.0))
@@ -153,7 +152,7 @@ def _out_of_blocks(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _scaled(s: torch.Tensor, of_zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """s / absmax, or `of_zeros` in blocks of zeros, and absmax."""
     absmax = s.abs().amax(dim=1, keepdim=True)
-    absmax = torch.where(absmax < _SMALLEST_NORMAL.value, 0.0, absmax)
+    absmax = torch.where(absmax < torch.finfo(torch.float32).tiny, 0.0, absmax)
     x = s * (1 / absmax)
     return torch.where(x.isnan(), of_zeros, x), absmax
 
@@ -219,7 +218,7 @@ def _magnitude_in_block(s):
     """|s| / absmax, or zero where that is; absmax."""
     s = tl.abs(s)
     absmax = tl.max(s, axis=1)
-    absmax = tl.where(absmax < _SMALLEST_NORMAL, 0.0, absmax)
+    absmax = tl.where(absmax < 2.0**-126, 0.0, absmax)
     return s * tl.where(absmax == 0.0, 0.0, 1.0 / absmax)[:, None], absmax
 
 
@@ -236,7 +235,7 @@ def _nearest(x, thresholds_ptr, FIRST_BINS: tl.constexpr):
     offset: tl.constexpr = FIRST_BINS * 8 / 9
     start: tl.constexpr = 0.5 - FIRST_BINS
     lines = tl.fma(x, slope, start + offset)
-    for decade in tl.static_range(1, 7):
+    for decade in tl.static_range(1, 7):  # pyright: ignore[reportGeneralTypeIssues]
         lines = tl.minimum(lines, tl.fma(x, slope / 5**decade, start + offset * 2**decade))
     limit: tl.constexpr = 127.0 * FIRST_BINS
     count = tl.where(lines < limit, lines, limit).to(tl.int32)  # not a minimum, for NaN has to stay in the table too

@@ -9,7 +9,7 @@ from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
 
 KERNEL = {
     "a_code_too_low": Bug("return count + (x >", "return count + 0 * (x >", checks(check_codes)),
-    "a_decade_forgotten": Bug("static_range(1, 7)", "static_range(1, 6)", checks(check_codes)),
+    "a_decade_forgotten": Bug("tl.static_range(1, 7)", "tl.static_range(1, 6)", checks(check_codes)),
     "small_negative_values_become_positive": Bug(
         "tl.minimum(tl.maximum(step1, 1), 127)", "tl.minimum(step1, 127)", checks(check_codes)
     ),
@@ -48,7 +48,7 @@ REFERENCE = {
         "zip((map1, map2), codes", "zip((map2, map1), codes", checks(check_steps, 700, on="reference")
     ),
     "denominator_without_the_root": Bug(
-        "_fma(c2, eps, s2.sqrt())", "_fma(c2, eps, s2)", checks(check_steps, 700, on="reference")
+        "_fma(c2, least, s2.sqrt())", "_fma(c2, least, s2)", checks(check_steps, 700, on="reference")
     ),
 }  # fmt: skip
 
