@@ -74,6 +74,11 @@ def launch_on(x: torch.Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
+def compiles_to_ptx(x: torch.Tensor) -> bool:
+    """Whether kernels launched on `x` are compiled for an NVIDIA GPU, so that they may hold PTX."""
+    return not (x.is_xpu or torch.version.hip is not None or triton.knobs.runtime.interpret)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n`, and at least 1."""
     return 1 << (max(n, 1) - 1).bit_length()

@@ -1,9 +1,13 @@
-"""The 8-bit AdamW of bitsandbytes in few launches: the same bits in parameters and states, tensor by tensor.
+"""The 8-bit AdamW of bitsandbytes in few launches, each as fast as memory allows.
 
 bitsandbytes updates one tensor after the other: several Python calls, a launch and a wait for the GPU each. A model
 with LoRA has hundreds of small ones, and the waits take ten times as long as the work. But its update treats each block
 of 256 values by itself, so tensors that lie end to end, each from the start of a block, can be updated by one call
-(Dettmers et al., "8-bit Optimizers via Block-wise Quantization", https://arxiv.org/abs/2110.02861).
+(Dettmers et al., "8-bit Optimizers via Block-wise Quantization", https://arxiv.org/abs/2110.02861). Its CUDA kernel
+takes nine times as long as the bytes need; on GPUs `fastllm.kernels.adam_8bit` makes the update instead.
+
+Parameters and states have the bits that bitsandbytes gives them: on CPUs always, where its own update runs; on NVIDIA
+GPUs as far as the docstring of that kernel says.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import torch
 from torch import Tensor
 
 from .._errors import MissingPackageError
+from ..kernels.adam_8bit import BLOCK, adam_8bit, code_tables
+from ..kernels.dispatch import use_triton
 
 try:
     import bitsandbytes
@@ -29,8 +35,6 @@ except ImportError as error:
         "8-bit optimizers need bitsandbytes", where="AdamW8bit", fix="pip install bitsandbytes"
     ) from error
 
-# Values that share a scale in bitsandbytes' blockwise states.
-_BLOCK = 256
 # Values that one call updates at most. A tensor with more of them keeps a GPU busy by itself.
 _CHUNK = 2**22
 _CODES, _SCALES, _MAPS = ("state1", "state2"), ("absmax1", "absmax2"), ("qmap1", "qmap2")
@@ -44,16 +48,16 @@ class _Chunk:
     there, and `states` holds views of it afterwards. The gradient of padding is zero: it never sets a block's scale.
     """
 
-    def __init__(self, parameters: list[Tensor], states: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, parameters: list[Tensor], states: Sequence[dict[str, Any]], tables: Tensor | None) -> None:
         device, self.dtype = parameters[0].device, parameters[0].dtype
-        self.parameters = parameters
+        self.parameters, self.tables = parameters, tables
         self.offsets = list(accumulate(map(_padded, parameters), initial=0))
         size = self.offsets[-1]
         self.flat = {name: torch.zeros(size, dtype=torch.uint8, device=device) for name in _CODES}
-        self.flat |= {name: torch.zeros(size // _BLOCK, device=device) for name in _SCALES}
+        self.flat |= {name: torch.zeros(size // BLOCK, device=device) for name in _SCALES}
         for name, flat in self.flat.items():
             held = [state[name] for state in states]
-            views = self._views(flat, held, values_each=_BLOCK if name in _SCALES else 1)
+            views = self._views(flat, held, values_each=BLOCK if name in _SCALES else 1)
             torch._foreach_copy_(views, held)
             for state, view in zip(states, views, strict=True):
                 state[name] = view
@@ -79,14 +83,9 @@ class _Chunk:
         flat_gradients.zero_()
         torch._foreach_copy_(values, parameters)
         torch._foreach_copy_(self.gradients[members], gradients)
-        state1, state2 = (self.flat[name][start:stop] for name in _CODES)
-        absmax1, absmax2 = (self.flat[name][start // _BLOCK : stop // _BLOCK] for name in _SCALES)
-        qmap1, qmap2 = (self.maps[name] for name in _MAPS)
-        beta1, beta2 = group["betas"][:2]
-        optimizer_update_8bit_blockwise(
-            "adam", flat_gradients, flat_values, state1, state2, beta1, beta2, 0.0, 0.0, group["eps"], step,
-            group["lr"], qmap1, qmap2, absmax1, absmax2, group["weight_decay"], skip_zeros=skip_zeros,
-        )  # fmt: skip
+        state = {name: self.flat[name][start:stop] for name in _CODES} | self.maps | {"step": step}
+        state |= {name: self.flat[name][start // BLOCK : stop // BLOCK] for name in _SCALES}
+        _update(flat_values, flat_gradients, state, self.tables, group, skip_zeros)
         torch._foreach_copy_(parameters, values)
         storage.resize_(0)
 
@@ -105,19 +104,23 @@ class _Place(NamedTuple):
 
 
 class _InChunks(Optimizer2State):
-    """The step of bitsandbytes' AdamW with small 8-bit tensors updated in chunks.
+    """The step of bitsandbytes' AdamW with small 8-bit tensors updated in chunks, and large ones by a kernel of fastllm
+    where it runs.
 
-    `state` holds what bitsandbytes' own class holds, so that each reads the checkpoints of the other. Large tensors,
-    32-bit and paged states, overridden settings and whatever else is not plain go through bitsandbytes' own update one
-    by one. A step waits for the GPU only where states are paged.
+    `state` holds what bitsandbytes' own class holds, so that each reads the checkpoints of the other. 32-bit and paged
+    states, overridden settings and whatever else is not plain go through bitsandbytes' own update one by one. A step
+    waits for the GPU only where states are paged.
     """
 
     args: Any  # of bitsandbytes, a namespace of settings
-    _places: dict[Tensor, _Place]  # made by the first step: a turned instance of bitsandbytes' class has not had any
+    # Made by the first step: a turned instance of bitsandbytes' class has not had any.
+    _places: dict[Tensor, _Place]
+    _tables: dict[torch.device, Tensor | None]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.pop("_places", None)
+        self.__dict__.pop("_tables", None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -147,10 +150,12 @@ class _InChunks(Optimizer2State):
                 self._update_alone(index, position, group)
             elif place is not None and place.holds(p, state):
                 placed.append(place)
-            elif self._is_small_8bit(p, state):
+            elif not self._is_8bit(p, state):
+                self._update_alone(index, position, group)
+            elif p.numel() <= _CHUNK:
                 unplaced.append(position)
             else:
-                self._update_alone(index, position, group)
+                self._update_large(index, position, group)
         placed += self._lay_out(index, group, unplaced)
         for place in placed:
             place.state["step"] += 1
@@ -163,16 +168,16 @@ class _InChunks(Optimizer2State):
         overridden = id(p) in self.mng.pid2config or (index, position) in self.mng.index2config
         return not (overridden or self.is_paged) and type(p) in (torch.nn.Parameter, Tensor) and p.is_contiguous()
 
-    def _is_small_8bit(self, p: Tensor, state: dict[str, Any]) -> bool:
-        """Whether a plain parameter has, or will have, the 8-bit states that can lie in a chunk."""
-        if p.dtype not in _DTYPES or p.numel() > _CHUNK:
+    def _is_8bit(self, p: Tensor, state: dict[str, Any]) -> bool:
+        """Whether a plain parameter has, or will have, 8-bit states in order and with the usual maps."""
+        if p.dtype not in _DTYPES:
             return False
         if not state:
             return self.args.optim_bits == 8 and p.numel() >= self.args.min_8bit_size
         codes, scales = ([state.get(name) for name in names] for names in (_CODES, _SCALES))
         return (
             all(t is not None and t.dtype == torch.uint8 and t.shape == p.shape and t.is_contiguous() for t in codes)
-            and all(t is not None and t.numel() == _padded(p) // _BLOCK for t in scales)
+            and all(t is not None and t.numel() == _padded(p) // BLOCK for t in scales)
             and self._has_usual_maps(p.device, state)
         )
 
@@ -183,6 +188,15 @@ class _InChunks(Optimizer2State):
             if qmap is not self.name2qmap[name] and not torch.equal(qmap, self.name2qmap[name]):
                 return False
         return True
+
+    def _tables_for(self, p: Tensor) -> Tensor | None:
+        """What fastllm's kernel needs to know of the usual maps; None where it does not run or does not know them."""
+        if not use_triton(p):
+            return None
+        tables = self.__dict__.setdefault("_tables", {})
+        if p.device not in tables:
+            tables[p.device] = code_tables(*(self.name2qmap[name].to(p.device) for name in ("dynamic", "udynamic")))
+        return tables[p.device]
 
     def _lay_out(self, index: int, group: dict[str, Any], positions: Iterable[int]) -> list[_Place]:
         """Put parameters of a group into chunks, with the states they have or with new ones."""
@@ -197,11 +211,19 @@ class _InChunks(Optimizer2State):
                 if not self.state[p]:
                     self.init_state(group, p, index, position)
             states = [self.state[p] for p in parameters]
-            chunk = _Chunk(parameters, states)
+            chunk = _Chunk(parameters, states, self._tables_for(parameters[0]))
             found = [_Place(chunk, i, state, state["state1"]) for i, state in enumerate(states)]
             self._places.update(zip(parameters, found, strict=True))
             laid_out += found
         return laid_out
+
+    def _update_large(self, index: int, position: int, group: dict[str, Any]) -> None:
+        p = group["params"][position]
+        if not self.state[p]:
+            self.init_state(group, p, index, position)
+        state = self.state[p]
+        state["step"] += 1
+        _update(p, p.grad.contiguous(), state, self._tables_for(p), group, self.args.skip_zeros)
 
     def _update_alone(self, index: int, position: int, group: dict[str, Any]) -> None:
         """As bitsandbytes' own step; it waits after each tensor, which only states on their way to the host need."""
@@ -215,14 +237,15 @@ class _InChunks(Optimizer2State):
 
 
 class AdamW(_InChunks, bitsandbytes.optim.AdamW):
-    """`bitsandbytes.optim.AdamW` with its 8-bit states (`optim_bits=8`) updated in few launches: the same bits."""
+    """`bitsandbytes.optim.AdamW` with its 8-bit states (`optim_bits=8`) updated in few launches."""
 
 
 class AdamW8bit(_InChunks, bitsandbytes.optim.AdamW8bit):
-    """`bitsandbytes.optim.AdamW8bit` in few launches and without a wait for the GPU: the same bits.
+    """`bitsandbytes.optim.AdamW8bit` in few launches and without a wait for the GPU.
 
-    Arguments, parameter groups and state dicts are those of bitsandbytes. Parameters of up to 4 M values are updated
-    together, the others one by one; while it runs, a step takes 32 MiB at most beside the states.
+    Arguments, parameter groups and state dicts are those of bitsandbytes, and so are the bits of every step, as far as
+    the docstring of `fastllm.kernels.adam_8bit` says. Parameters of up to 4 M values are updated together, the others
+    one by one; while it runs, a step takes 32 MiB at most beside the states.
     """
 
 
@@ -236,9 +259,35 @@ def update_in_chunks(optimizer: torch.optim.Optimizer) -> bool:
     return True
 
 
+def _update(
+    values: Tensor,
+    gradients: Tensor,
+    state: dict[str, Any],
+    tables: Tensor | None,
+    group: dict[str, Any],
+    skip_zeros: bool,
+) -> None:
+    """Update `values`, in order as their `gradients`, and the 8-bit `state` to its step: with `tables` by fastllm's
+    kernel, else by bitsandbytes'."""
+    lr, beta1, beta2, eps, weight_decay = group["lr"], *group["betas"][:2], group["eps"], group["weight_decay"]
+    (state1, state2), (absmax1, absmax2), (qmap1, qmap2) = (
+        [state[name] for name in names] for names in (_CODES, _SCALES, _MAPS)
+    )
+    if tables is not None:
+        adam_8bit(
+            values, gradients, (state1, state2), (absmax1, absmax2), tables,
+            step=state["step"], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
+        )  # fmt: skip
+    else:
+        optimizer_update_8bit_blockwise(
+            "adam", gradients, values, state1, state2, beta1, beta2, 0.0, 0.0, eps, state["step"], lr,
+            qmap1, qmap2, absmax1, absmax2, weight_decay, skip_zeros=skip_zeros,
+        )  # fmt: skip
+
+
 def _padded(p: Tensor) -> int:
     """Values of the blocks that a parameter fills or begins."""
-    return -(-p.numel() // _BLOCK) * _BLOCK
+    return -(-p.numel() // BLOCK) * BLOCK
 
 
 def _parts(positions: Iterable[int], parameters: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fastllm.kernels
+from fastllm.kernels import adam_8bit
 from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backward
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
@@ -98,6 +99,10 @@ def launches(dtype: torch.dtype) -> None:
     for width in (2304, 4096):
         read_rows(new(ROWS, width), torch.arange(ROWS))
         copy_rows(new(ROWS, width + 16)[:, :width], new(ROWS, width))
+    for weight_decay in (0.0, 0.1):
+        p, g, codes = new(ROWS, 2048), new(ROWS, 2048), torch.zeros(2, ROWS, 2048, dtype=torch.uint8)
+        settings = {"step": 3, "lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
+        adam_8bit.adam_8bit(p, g, tuple(codes), tuple(torch.zeros(2, ROWS * 8)), torch.zeros(4, 256), **settings)
     x = new(ROWS, 4096)
     for count in (1, 2, 3):
         projections = [Projection(new(256, 4096), None, new(16, 4096), new(256, 16), 2.0) for _ in range(count)]

@@ -1,4 +1,5 @@
-"""fastllm.AdamW8bit takes bitsandbytes' steps in few calls: the same bits in every parameter and state."""
+"""fastllm.AdamW8bit takes bitsandbytes' steps in few calls: the same bits in every parameter and state, on CPUs through
+bitsandbytes' own update, on GPUs through fastllm's kernel."""
 
 import gc
 import weakref
@@ -11,6 +12,7 @@ from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 
 from fastllm import AdamW8bit
+from fastllm.kernels.dispatch import backend
 from fastllm.models import optimizers
 
 # LoRA matrices, sizes that end inside a block of 256, and two below the size from which states have 8 bits.
@@ -58,15 +60,18 @@ def assert_same_bits(ours, theirs):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The number of values that each call of the blockwise update by fastllm is given."""
+    """The number of values that each call of a blockwise update by fastllm is given."""
     sizes = []
-    update = optimizers.optimizer_update_8bit_blockwise
 
-    def counting(name, gradients, *args, **kwargs):
-        sizes.append(gradients.numel())
-        update(name, gradients, *args, **kwargs)
+    def counted(update):
+        def counting(*args, **kwargs):
+            sizes.append(args[1].numel())  # of gradients
+            update(*args, **kwargs)
 
-    monkeypatch.setattr(optimizers, "optimizer_update_8bit_blockwise", counting)
+        return counting
+
+    for name in ("optimizer_update_8bit_blockwise", "adam_8bit"):
+        monkeypatch.setattr(optimizers, name, counted(getattr(optimizers, name)))
     return sizes
 
 
@@ -85,9 +90,34 @@ def test_many_parameters_go_in_chunks(monkeypatch, calls):
     ours, theirs = both(plain)
     take_steps((ours, theirs), 3)
     assert_same_bits(ours, theirs)
-    assert calls == [4096 + 5120 + 6144, 5120 + 4096] * 3
+    assert calls == [27360, 4096 + 5120 + 6144, 5120 + 4096] * 3
     chunks = {place.chunk for place in ours._places.values()}
     assert len(chunks) == 2 and all(chunk.buffer.untyped_storage().nbytes() == 0 for chunk in chunks)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in Triton's interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs every test here runs the kernel")
+def test_fastllms_kernel_takes_over(monkeypatch, calls):
+    """In the middle of a training, in chunks and for what is larger than one: the states stay those of bitsandbytes,
+    which goes on with them."""
+    monkeypatch.setattr(optimizers, "_CHUNK", 16384)
+    monkeypatch.setattr(optimizers, "optimizer_update_8bit_blockwise", lambda *_, **__: pytest.fail("not the kernel"))
+    ours, theirs = both(lambda cls, parameters: cls(parameters, lr=1e-2))
+    take_steps([theirs], 2)
+    ours.load_state_dict(deepcopy(theirs.state_dict()))
+    for p, trained in zip(parameters_of(ours), parameters_of(theirs), strict=True):
+        p.data.copy_(trained)
+    with backend("triton"):
+        take_steps([ours], seed=2)
+    take_steps([theirs], seed=2)
+    assert calls == [27360, 4096 + 5120 + 6144, 5120 + 4096]
+    for a, b in zip(parameters_of(ours), parameters_of(theirs), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-5)
+        mine, its = ours.state[a], theirs.state[b]
+        assert list(mine) == list(its) and mine["step"] == its["step"] == 3
+        assert mine["state1"].ne(its["state1"]).sum() <= a.numel() / 200  # its CPU search is not exact
+    theirs.load_state_dict(deepcopy(ours.state_dict()))
+    take_steps([theirs])
 
 
 def test_groups_with_settings_of_their_own_and_a_schedule():
@@ -241,6 +271,16 @@ def test_on_a_gpu_without_a_wait(dtype, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
     monkeypatch.undo()
     assert_same_bits(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_parameters_on_a_gpu(dtype, calls):
+    """Each has a launch of its own; one of them is not a whole number of blocks."""
+    ours, theirs = both(plain, shapes=[(2**22 + 77,), (4096, 1100), (8, 512)], dtype=dtype, device="cuda")
+    take_steps((ours, theirs), 3)
+    assert_same_bits(ours, theirs)
+    assert calls == [2**22 + 77, 4096 * 1100, 4096] * 3
 
 
 @pytest.mark.gpu
