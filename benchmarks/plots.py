@@ -209,7 +209,8 @@ def curves_plot(data: dict[str, Any]) -> str:
     drawing.text(20, 48, f"GPU: {', '.join(sorted(gpus))}; {', '.join(sorted(dates))}", font_size="12")
     for row, dtype in enumerate(dtypes):
         own = {curve["peer"]: curve["losses"] for curve in curves if curve["way"] == dtype}
-        own |= {"fp8": curve["losses"] for curve in curves if curve["way"] == "fp8" and dtype == "bfloat16"}
+        if dtype == "bfloat16":
+            own |= {curve["way"]: curve["losses"] for curve in curves if curve["way"] == "fp8"}
         steps = max(map(len, own.values()))
         top, bottom = 80 + 210 * row, 240 + 210 * row
         low, high = min(map(min, own.values())), max(map(max, own.values()))
