@@ -55,8 +55,8 @@ class Tiling(NamedTuple):
 
 
 # By bytes of an element. They spill no register and fit the shared memory of every GPU that the README names.
-_TILINGS = {2: Tiling(32, 128, 8, 2), 4: Tiling(16, 64, 4, 1)}
-_TILINGS_AMD = {2: Tiling(16, 64, 4, 1), 4: Tiling(16, 64, 4, 1)}
+_TILINGS = {2: Tiling(32, 128, 8, 2, 255), 4: Tiling(16, 32, 8, 1, 255)}
+_TILINGS_AMD = {2: Tiling(16, 64, 4, 1), 4: Tiling(16, 32, 4, 1)}
 
 
 class LoraProducts(NamedTuple):

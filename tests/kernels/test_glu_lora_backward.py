@@ -98,8 +98,8 @@ def test_without_the_sums_along_columns(setting, with_right):
 def check_many_programs(setting: Setting, **options) -> None:
     """Rows in several launches and shares, columns in several strips."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SCRATCH_BYTES", 64 * 28 * 4 * 3)
-        patch.setattr(module, "_PROGRAMS", 6)
+        patch.setattr(module, "_SCRATCH_BYTES", 43008)
+        patch.setattr(module, "_PROGRAMS", 30)
         check_products(setting, 150, 300, **options)
 
 
