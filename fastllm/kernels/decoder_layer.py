@@ -22,9 +22,9 @@ import torch
 
 from .attention import attention_backward, attention_forward
 from .decoder_activations import Activations, Offload
+from .decoder_glu import down_input, down_input_backward
 from .dispatch import compute_dtype, no_autocast, rows_of
 from .fp8 import Fp8Matrix
-from .glu import glu_backward, glu_forward
 from .layer_definition import NORMS, DecoderLayer, Keep, LayerCall, Norm
 from .lora import (
     PARAMETERS_PER_PROJECTION,
@@ -36,7 +36,6 @@ from .lora import (
     parameter_grads,
     project,
 )
-from .low_rank_glu import LowRankTerm, input_term, low_rank_glu_backward, low_rank_glu_forward, output_term
 from .random_state import random_state, replayed
 from .rms_norm import rms_norm_backward, rms_norm_forward
 from .rope import rope_apply
@@ -267,11 +266,7 @@ def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: Activations
     prepared = weights.take("down")
     extended = layer.down.input_buffer(state.gate_up, state.gate_up.dtype)
     hidden = extended[:, : layer.down.in_features]
-    gate, up = layer.split_gate_up(state.gate_up)
-    if layer.gate_up.has_separate_term:
-        low_rank_glu_forward(gate, up, layer.activation, *_terms_of_gate_and_up(layer, state), out=hidden)
-    else:
-        glu_forward(gate, up, layer.activation, out=hidden)
+    down_input(layer, state, out=hidden)
     out, low_rank, masks = project(prepared, hidden, extended=extended)
     if keep:
         state.down_low_rank, state.down_masks = _detached_copy(low_rank, True), masks
@@ -315,30 +310,31 @@ def _backward(
     assert hidden is not None
     dgate_up_extended = gate_up if overwrite else layer.gate_up.output_buffer(dy, dtype)
     dgate_up = dgate_up_extended[:, : layer.gate_up.out_features]
-    # Either reads the gradient of down's input from `hidden` and leaves that input there.
-    values, grads = layer.split_gate_up(gate_up), layer.split_gate_up(dgate_up)
-    if layer.gate_up.has_separate_term or layer.down.has_separate_term:
-        terms = _term_of_hidden(layer, dy_low_rank), *_terms_of_gate_and_up(layer, state)
-        low_rank_glu_backward(hidden, *values, layer.activation, *terms, *grads, h_out=hidden)
-    else:
-        glu_backward(hidden, *values, layer.activation, *grads, h_out=hidden)
-    low_rank = state.down_low_rank
+    products = down_input_backward(
+        layer, state, prepared.a, hidden, dy_low_rank, gate_up, dgate_up_extended, needs_group[3]
+    )
+    low_rank = state.down_low_rank if products.low_rank is None else products.low_rank
     if low_rank is None and needs_group[3][3]:
         low_rank = low_rank_input(prepared, hidden, state.down_masks)
-    down_grads = parameter_grads(prepared, dy_rows, dy_low_rank, hidden, low_rank, state.down_masks, needs_group[3])
-    del prepared, hidden, extended, dy_rows, dy_low_rank, gate_up, values, grads
+    down_grads = parameter_grads(
+        prepared, dy_rows, dy_low_rank, hidden, low_rank, state.down_masks, needs_group[3], stacked_da=products.da
+    )
+    del prepared, hidden, extended, dy_rows, dy_low_rank, gate_up
 
     norm = layer.post_norm
     hidden, _, _ = rms_norm_forward(
         state.middle, norm.weight, norm.eps, offset=norm.offset, out=_empty_rows(state.middle, dtype)
     )
     prepared = weights.take("gate_up", last=True)
-    dhidden, dy_low_rank = input_grad(prepared, dgate_up, state.gate_up_masks, extended=dgate_up_extended)
+    dhidden, dy_low_rank = input_grad(
+        prepared, dgate_up, state.gate_up_masks, extended=dgate_up_extended, dy_low_rank=products.dy_low_rank
+    )
     assert dhidden is not None
     gate_up_grads = parameter_grads(
-        prepared, dgate_up, dy_low_rank, hidden, state.gate_up_low_rank, state.gate_up_masks, needs_group[2]
-    )
-    del prepared, dgate_up, dgate_up_extended, hidden, dy_low_rank
+        prepared, dgate_up, dy_low_rank, hidden, state.gate_up_low_rank, state.gate_up_masks, needs_group[2],
+        known_db=products.db,
+    )  # fmt: skip
+    del prepared, dgate_up, dgate_up_extended, hidden, dy_low_rank, products
 
     state.bring_back()
     in_place = state.middle.dtype == dtype and layer.attention_out_norm is None
@@ -410,22 +406,6 @@ def _split_needs(layer: DecoderLayer, needs: tuple[bool, ...]) -> tuple[dict[str
         groups.append(needs[start:end])
         start = end
     return dict(zip(NORMS, needs[: len(NORMS)], strict=True)), groups
-
-
-def _terms_of_gate_and_up(layer: DecoderLayer, state: Activations) -> tuple[LowRankTerm | None, LowRankTerm | None]:
-    """What LoRA adds to `state.gate_up`, where it was left out."""
-    if not layer.gate_up.has_separate_term or state.gate_up_low_rank is None:
-        return None, None
-    gate_columns, up_columns = layer.gate_up_columns
-    low_rank = state.gate_up_low_rank
-    return output_term(layer.gate_up, low_rank, gate_columns), output_term(layer.gate_up, low_rank, up_columns)
-
-
-def _term_of_hidden(layer: DecoderLayer, dy_low_rank: torch.Tensor | None) -> LowRankTerm | None:
-    """What LoRA adds to the gradient of down's input, where it was left out."""
-    if not layer.down.has_separate_term or dy_low_rank is None:
-        return None
-    return input_term(layer.down, dy_low_rank)
 
 
 def _norm_heads(layer: DecoderLayer, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

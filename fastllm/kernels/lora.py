@@ -173,17 +173,18 @@ def input_grad(
     masks: Sequence[torch.Tensor | None],
     *,
     extended: torch.Tensor | None = None,
+    dy_low_rank: torch.Tensor | None = None,
     needs_dx: bool = True,
     leaves_term: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dX [T, K] or None, dY B [T, E] or None): the second is what `parameter_grads` needs.
 
-    `extended` is the buffer of `output_buffer` whose left part dy is; its right part is overwritten. With `leaves_term`
-    dX lacks (dY B) A where the group `has_separate_term`.
+    `extended` is the buffer of `output_buffer` whose left part dy is; its right part is overwritten, unless it is
+    `dy_low_rank`, which is dY B where that is known already. With `leaves_term` dX lacks (dY B) A where the group
+    `has_separate_term`.
     """
     group = prepared.group
-    dy_low_rank = None
-    if prepared.b is not None:
+    if prepared.b is not None and dy_low_rank is None:
         beside = None if extended is None or group.is_fp8 else extended[:, group.out_features :]
         dy_low_rank = dy.new_empty(dy.shape[0], group.extension) if beside is None else beside
         torch.mm(dy, prepared.b, out=dy_low_rank)
@@ -217,14 +218,18 @@ def parameter_grads(
     low_rank: torch.Tensor | None,
     masks: Sequence[torch.Tensor | None],
     needs: Sequence[bool],
+    *,
+    stacked_da: torch.Tensor | None = None,
+    known_db: Sequence[torch.Tensor | None] = (),
 ) -> list[torch.Tensor | None]:
     """One gradient for each entry of `group.parameters()` where `needs` says so.
 
-    `low_rank` is x A^T of the forward, and may be None where no B needs a gradient.
+    `low_rank` is x A^T of the forward, and may be None where no B needs a gradient. Where they are known already,
+    `stacked_da [E, K]` is (dY B)^T x and `known_db` the gradient of each B; x is then not read for the first.
     """
     group = prepared.group
-    stacked_da = None
-    if dy_low_rank is not None and not group.has_dropout and any(needs[2::PARAMETERS_PER_PROJECTION]):
+    is_wanted = stacked_da is None and any(needs[2::PARAMETERS_PER_PROJECTION])
+    if is_wanted and dy_low_rank is not None and not group.has_dropout:
         stacked_da = matmul_fp32(dy_low_rank.t(), x)
     grads: list[torch.Tensor | None] = []
     for index, projection in enumerate(group.projections):
@@ -247,7 +252,12 @@ def parameter_grads(
             da = (da * projection.scaling).to(projection.lora_a.dtype)
         if needs_b:
             assert projection.lora_b is not None and low_rank is not None
-            db = _parameter_grad(dy[:, rows].t(), low_rank[:, ranks], projection.lora_b.dtype)
+            if known_db:
+                db = known_db[index]
+                assert db is not None
+                db = db.to(projection.lora_b.dtype)
+            else:
+                db = _parameter_grad(dy[:, rows].t(), low_rank[:, ranks], projection.lora_b.dtype)
         grads += [dw, dbias, da, db]
     return grads
 

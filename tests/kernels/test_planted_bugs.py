@@ -21,7 +21,6 @@ from .test_activation import check_overlay as check_activation_overlay
 from .test_attention import check_narrowed, check_two_functions, check_under_autograd, masks
 from .test_decoder_layer import SPECS, check_away, check_keep_modes, check_layer
 from .test_fp8 import check_group as check_fp8_group
-from .test_glu import check_glu, check_overlay
 from .test_kept_weights import (
     adapters_trained,
     check_follows,
@@ -189,13 +188,6 @@ ACTIVATION = {
         '"tanh" if name == "gelu_tanh" else "none"', '"none" if name else "tanh"',
         checks(check_activation, 5, 97, name="gelu_tanh", on="reference"),
     ),
-}  # fmt: skip
-
-GLU = {
-    "gradient_of_gate_without_up": Bug(
-        "(dh * up * slope)", "(dh * slope)", checks(check_glu, 5, 97)),
-    "h_never_written": Bug(
-        "STORE_H=h_out is not None", "STORE_H=False", checks(check_overlay)),
 }  # fmt: skip
 
 NF4 = {
@@ -376,10 +368,6 @@ LAYER = {
     "residual_gradient_dropped": Bug(
         "residual_grad=dmiddle,", "residual_grad=None,", layer("llama_dense")
     ),
-    "gate_and_up_exchanged": Bug(
-        "gate, up = layer.split_gate_up(", "up, gate = layer.split_gate_up(",
-        layer("llama_dense"),
-    ),
     "rotation_not_undone": Bug(
         "dq_rows, dk_rows, inverse=True)", "dq_rows, dk_rows)", layer("llama_nf4", on="triton")
     ),
@@ -470,7 +458,7 @@ HOST = {
 }  # fmt: skip
 
 BUGS = {
-    "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "glu": GLU, "nf4": NF4,
+    "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "nf4": NF4,
     "lora": LORA, "linear_cross_entropy": LOSS, "attention": ATTENTION, "decoder_layer": LAYER,
     "decoder_activations": HOST, "vision_block": BLOCK,
 }  # fmt: skip

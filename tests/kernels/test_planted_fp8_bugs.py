@@ -93,16 +93,16 @@ LOW_RANK_GLU = {
                                        "LowRankTerm(low_rank[:, : right.shape[1]], right.t())",
                                        checks(check_terms, on="reference")),
 }  # fmt: skip
-DECODER_LAYER = {
+DECODER_GLU = {
     "term_of_hidden_forgotten": Bug("terms = _term_of_hidden(layer, dy_low_rank), *", "terms = None, *",
                                     checks(check_separate_terms, on="reference")),
-    "terms_of_the_output_forgotten": Bug("layer.activation, *_terms_of_gate_and_up(layer, state), out=hidden",
-                                         "layer.activation, None, None, out=hidden",
+    "terms_of_the_output_forgotten": Bug("layer.activation, *_terms_of_gate_and_up(layer, state), out=out",
+                                         "layer.activation, None, None, out=out",
                                          checks(check_separate_terms, on="reference")),
 }  # fmt: skip
 BUGS = {
     "low_rank_glu": LOW_RANK_GLU,
-    "decoder_layer": DECODER_LAYER,
+    "decoder_glu": DECODER_GLU,
     "rms_norm": RMS_NORM,
     "kept_weights": KEPT_WEIGHTS,
     "fp8": FP8,

@@ -1,0 +1,48 @@
+"""What the tests of gated linear units notice, alone and in a decoder layer."""
+
+import pytest
+
+from ..planting import Bug
+from .test_glu import check_glu, check_overlay
+from .test_glu_lora_backward import check_many_programs, check_products
+from .test_planted_bugs import check_noticed, checks, layer, pytestmark  # noqa: F401
+
+GLU = {
+    "gradient_of_gate_without_up": Bug(
+        "(dh * up * slope)", "(dh * slope)", checks(check_glu, 5, 97)),
+    "h_never_written": Bug(
+        "STORE_H=h_out is not None", "STORE_H=False", checks(check_overlay)),
+}  # fmt: skip
+
+GLU_LORA = {
+    "gradient_of_b_from_another_matrix": Bug(
+        "up_sum = tl.dot(tl.trans(dup)", "up_sum = tl.dot(tl.trans(dgate)", checks(check_products, 5, 97)
+    ),
+    "last_strip_only": Bug("sums.sum(0).split(out_ranks", "sums[-1].split(out_ranks", checks(check_many_programs)),
+    "last_share_only": Bug("split_sums.sum(0)", "split_sums[-1]", checks(check_many_programs)),
+    "last_launch_only": Bug(
+        "h_sum = _narrow_tile(split_sums + h_first,", "h_sum = 0.0 * _narrow_tile(split_sums + h_first,",
+        checks(check_many_programs),
+    ),
+    "rows_of_every_later_share": Bug("end = min((split + 1) * rows_of_split, num_rows)", "end = num_rows",
+                                     checks(check_many_programs)),
+    "reference_without_h": Bug("h_out=h)", "h_out=h.zero_() + 1)", checks(check_products, 5, 97, on="reference")),
+    "ranks_of_another_projection": Bug(
+        "Narrow(low_rank[:, ranks], projection", "Narrow(low_rank[:, : projection.rank], projection",
+        layer("llama_nf4", on="triton"),
+    ),
+}  # fmt: skip
+
+LAYER_GLU = {
+    "gate_and_up_exchanged": Bug(
+        "gate, up = layer.split_gate_up(", "up, gate = layer.split_gate_up(", layer("llama_dense")
+    ),
+}  # fmt: skip
+BUGS = {"glu": GLU, "glu_lora_backward": GLU_LORA, "decoder_glu": LAYER_GLU}
+
+
+@pytest.mark.parametrize(("module", "bug"), [
+    pytest.param(module, bug, id=f"{module}-{name}") for module, bugs in BUGS.items() for name, bug in bugs.items()
+])  # fmt: skip
+def test_planted_bug_is_noticed(module, bug, device, monkeypatch, tmp_path):
+    check_noticed(module, bug, device, monkeypatch, tmp_path)
