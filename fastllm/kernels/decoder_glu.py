@@ -39,9 +39,10 @@ def down_input_backward(
     """
     needs_weight, _, _, needs_b = needs_down
     if not needs_weight and serves_groups(layer.gate_up, layer.down, hidden):
+        # h A^T is made here even where the forward's was kept: each way to keep activations gives the same bits.
         return glu_backward_between(
             layer.gate_up, layer.down, hidden, gate_up, dgate_up, layer.activation, low_rank=state.gate_up_low_rank,
-            down_dy_low_rank=dy_low_rank, down_a=down_a if needs_b and state.down_low_rank is None else None,
+            down_dy_low_rank=dy_low_rank, down_a=down_a if needs_b else None,
         )  # fmt: skip
     values, grads = layer.split_gate_up(gate_up), layer.split_gate_up(dgate_up)
     if layer.gate_up.has_separate_term or layer.down.has_separate_term:
