@@ -12,6 +12,9 @@ from .glu_lora_backward import LoraProducts, glu_backward_between, serves_groups
 from .layer_definition import DecoderLayer
 from .low_rank_glu import LowRankTerm, input_term, low_rank_glu_backward, low_rank_glu_forward, output_term
 
+# Rows from which the kernel that makes LoRA's products as well is the faster one on a GPU.
+_LEAST_ROWS = 4096
+
 
 def down_input(layer: DecoderLayer, state: Activations, *, out: torch.Tensor) -> None:
     """Write h `[T, F]` of `state.gate_up` to `out`."""
@@ -38,10 +41,13 @@ def down_input_backward(
     `down_a [E, F]` and `dy_low_rank [T, E]` are the A and the dY B of down, None without adapter.
     """
     needs_weight, _, _, needs_b = needs_down
-    if not needs_weight and serves_groups(layer.gate_up, layer.down, hidden):
+    is_long = hidden.shape[0] >= _LEAST_ROWS or not hidden.is_cuda
+    if is_long and not needs_weight and serves_groups(layer.gate_up, layer.down, hidden):
+        # Sums in another order than the forward's: where bits matter, every way to keep activations makes them here.
+        is_unknown = state.down_low_rank is None or torch.are_deterministic_algorithms_enabled()
         return glu_backward_between(
             layer.gate_up, layer.down, hidden, gate_up, dgate_up, layer.activation, low_rank=state.gate_up_low_rank,
-            down_dy_low_rank=dy_low_rank, down_a=down_a if needs_b and state.down_low_rank is None else None,
+            down_dy_low_rank=dy_low_rank, down_a=down_a if needs_b and is_unknown else None,
         )  # fmt: skip
     values, grads = layer.split_gate_up(gate_up), layer.split_gate_up(dgate_up)
     if layer.gate_up.has_separate_term or layer.down.has_separate_term:

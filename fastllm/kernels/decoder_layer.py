@@ -268,7 +268,7 @@ def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: Activations
     hidden = extended[:, : layer.down.in_features]
     down_input(layer, state, out=hidden)
     out, low_rank, masks = project(prepared, hidden, extended=extended)
-    if keep:
+    if keep or state.is_away:
         state.down_low_rank, state.down_masks = _detached_copy(low_rank, True), masks
     if layer.mlp_out_norm is None:
         return out.to(state.middle.dtype)

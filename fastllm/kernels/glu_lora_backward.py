@@ -28,11 +28,9 @@ from .glu import glu_backward
 from .products import matmul_fp32
 from .projections import ProjectionGroup
 
-MAX_RANK = 32
+MAX_RANK = 16  # with 32, the products by themselves are faster
 # Bytes that the parts of X R may take: more rows than fit are processed in several launches.
 _SCRATCH_BYTES = 2**26
-# About as many programs as a large GPU runs at a time.
-_PROGRAMS = 528
 
 
 class Narrow(NamedTuple):
@@ -45,18 +43,21 @@ class Narrow(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """The tile that a program computes at a time, and how it is compiled."""
+    """The tile that a program computes at a time, and how it is compiled; about as many `programs` share the work."""
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
+    programs: int
     max_registers: int | None = None  # of a thread: fewer let more programs run at a time
 
 
 # By bytes of an element. They spill no register and fit the shared memory of every GPU that the README names.
-_TILINGS = {2: Tiling(32, 128, 8, 2, 255), 4: Tiling(16, 32, 8, 1, 255)}
-_TILINGS_AMD = {2: Tiling(16, 64, 4, 1), 4: Tiling(16, 32, 4, 1)}
+_TILINGS = {2: Tiling(32, 128, 8, 2, 800, 255), 4: Tiling(16, 32, 8, 1, 528, 255)}
+_TILINGS_AMD = {2: Tiling(16, 64, 4, 1, 528), 4: Tiling(16, 32, 4, 1, 528)}
+# Takes 170 of the 227 KiB of shared memory that Hopper has, and all registers where h A^T is not wanted.
+_TILING_HOPPER = Tiling(64, 128, 8, 3, 132)
 
 
 class LoraProducts(NamedTuple):
@@ -142,12 +143,12 @@ def glu_lora_backward(
     if not use_triton(gate):
         return _reference(dh, gate, up, activation, dgate, dup, narrow)
     rows, width = gate.shape
-    tiling = (_TILINGS if torch.version.hip is None else _TILINGS_AMD)[gate.dtype.itemsize]
-    strips = -(-width // tiling.columns)
     ranks = [0 if part is None else part.left.shape[1] for part in narrow]
     out_ranks = [0 if part is None or part.right is None else part.left.shape[1] for part in narrow]
+    tiling = _tiling(gate, has_h_out=out_ranks[2] > 0)
+    strips = -(-width // tiling.columns)
     chunk = max(_SCRATCH_BYTES // (4 * strips * max(sum(out_ranks), 1)) // tiling.rows, 1) * tiling.rows
-    splits = max(min(_PROGRAMS // strips, -(-min(rows, chunk) // tiling.rows)), 1)
+    splits = max(min(tiling.programs // strips, -(-min(rows, chunk) // tiling.rows)), 1)
     strip_sums = torch.empty(strips * min(chunk, rows) * sum(out_ranks), dtype=torch.float32, device=gate.device)
     split_sums = torch.zeros(splits, width, sum(ranks), dtype=torch.float32, device=gate.device)
     for start in range(0, rows, chunk):
@@ -164,6 +165,16 @@ def glu_lora_backward(
                     part.out.copy_(value)
     found = split_sums.sum(0).split(ranks, dim=1)
     return [None if part is None else value for part, value in zip(narrow, found, strict=True)]
+
+
+def _tiling(x: torch.Tensor, *, has_h_out: bool) -> Tiling:
+    if torch.version.hip is not None:
+        return _TILINGS_AMD[x.dtype.itemsize]
+    return _TILING_HOPPER if _is_hopper(x) and x.dtype.itemsize == 2 and not has_h_out else _TILINGS[x.dtype.itemsize]
+
+
+def _is_hopper(x: torch.Tensor) -> bool:
+    return x.is_cuda and info_of(x.device).capability[0] == 9
 
 
 def _reference(

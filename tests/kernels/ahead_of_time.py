@@ -8,7 +8,6 @@ target; each launch is compiled with the arguments and options it came with, and
 
 import functools
 import importlib
-import itertools
 import json
 import pkgutil
 import re
@@ -24,13 +23,13 @@ from triton.runtime.jit import JITFunction
 
 import fastllm.kernels
 from fastllm.kernels import adam_8bit
+from fastllm.kernels import glu_lora_backward as glu_lora
 from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backward
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
 from fastllm.kernels.fp8 import Fp8Matrix, quantize_rows, transposed_values
 from fastllm.kernels.glu import glu, glu_backward
-from fastllm.kernels.glu_lora_backward import MAX_RANK, Narrow, glu_lora_backward
 from fastllm.kernels.host_rows import read_rows
 from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
@@ -132,12 +131,13 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
             outputs, inputs = [LowRankTerm(left, b.t())] * 2, LowRankTerm(left, a, 2.0)
             low_rank_glu_forward(gate, up, name, *outputs, out=h)
             low_rank_glu_backward(h, gate, up, name, inputs, *outputs, gate, up, h_out=h)
-    for name, rank in itertools.product(("silu", "gelu"), (16, MAX_RANK)):
+    rank = glu_lora.MAX_RANK
+    for name in ("silu", "gelu"):
         h, gate, up = (torch.randn(ROWS, 14336, dtype=dtype) for _ in range(3))
         left, b, a = torch.randn(ROWS, rank, dtype=dtype), torch.randn(14336, rank), torch.randn(rank, 14336)
-        around = Narrow(left, b, left), Narrow(left, b, left)
-        for last in (Narrow(left), Narrow(left, a.to(dtype).t(), left)):
-            glu_lora_backward(h, gate, up, name, gate, up, narrow=[*around, last])
+        around, a = [glu_lora.Narrow(left, b, left)] * 2, a.to(dtype)
+        for last in (glu_lora.Narrow(left), glu_lora.Narrow(left, a.t(), left)):
+            glu_lora.glu_lora_backward(h, gate, up, name, gate, up, narrow=[*around, last])
     images = {"documents": documents, "causal": False}
     for width in (64, 128):  # of vision towers
         q, k, v = (torch.randn(1, ROWS, 2, width, dtype=dtype).transpose(1, 2) for _ in range(3))
@@ -206,6 +206,7 @@ def main(target: GPUTarget) -> None:
 
     JITFunction.run = compile_only
     triton.runtime.driver.set_active(TargetDriver(target))
+    glu_lora._is_hopper = lambda x: target.backend == "cuda" and target.arch == 90
     if target.backend == "hip":
         torch.version.hip = "as on the target"
     with backend("triton"):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -200,15 +201,25 @@ def run_layer(
     return found, torch.cuda.get_rng_state() if y.is_cuda else torch.get_rng_state()
 
 
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def check_keep_modes(setting: Setting, spec: Spec) -> None:
     """Kept, recomputed and offloaded: the same bits, the same use of random numbers."""
     call = call_of(setting, spec)
     if setting.device.type == "cuda":  # the backward of the fast kernels adds up dQ in any order
         function = functools.partial(eager.attention, scaling=0.25)
         call = dataclasses.replace(call, attention=dataclasses.replace(call.attention, function=function))
-    expected, state = run_layer(setting, spec, Keep.ALL, call)
-    for keep in (Keep.INPUT, Keep.OFFLOADED_INPUT, Keep.OFFLOADED_ATTENTION):
-        found, state_now = run_layer(setting, spec, keep, call)
+    keeps = (Keep.ALL, Keep.INPUT, Keep.OFFLOADED_INPUT, Keep.OFFLOADED_ATTENTION)
+    with deterministic():
+        (expected, state), *others = (run_layer(setting, spec, keep, call) for keep in keeps)
+    for keep, (found, state_now) in zip(keeps[1:], others, strict=True):
         for name, tensor in expected.items():
             if not tensor.equal(found[name]):
                 raise OverLimit(f"{keep}: {name} differs from {Keep.ALL}")
@@ -239,12 +250,9 @@ def check_away(setting: Setting, spec: Spec) -> list[int]:
         return to_host(tensors)
 
     call = call_of(setting, spec, choose_backend=lambda *_: "triton", offload=offload)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         expected, _ = run_layer(setting, spec, Keep.ALL, call)
         found, _ = run_layer(setting, spec, Keep.OFFLOADED_ATTENTION, call)
-    finally:
-        torch.use_deterministic_algorithms(False)
     for part, tensor in expected.items():
         if not tensor.equal(found[part]):
             raise OverLimit(f"{part} differs")

@@ -84,7 +84,7 @@ def test_matches_float64(setting, shape, activation):
 
 
 @pytest.mark.parametrize(
-    "ranks", [(1, 32, 17), (None, 8, 8), (8, None, 8), (8, 8, None), (None, None, 8), (None, None, None)], ids=str
+    "ranks", [(1, 16, 11), (None, 8, 8), (8, None, 8), (8, 8, None), (None, None, 8), (None, None, None)], ids=str
 )
 def test_ranks(setting, ranks):
     check_products(setting, 33, 100, ranks=ranks)
@@ -99,7 +99,8 @@ def check_many_programs(setting: Setting, **options) -> None:
     """Rows in several launches and shares, columns in several strips."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SCRATCH_BYTES", 43008)
-        patch.setattr(module, "_PROGRAMS", 30)
+        tilings = {size: tiling._replace(programs=30) for size, tiling in module._TILINGS.items()}
+        patch.setattr(module, "_tiling", lambda x, **_: tilings[x.dtype.itemsize])
         check_products(setting, 150, 300, **options)
 
 
