@@ -192,7 +192,7 @@ def _reference(
     found: list[torch.Tensor | None] = []
     for x, part in zip((dgate, dup, h), narrow, strict=True):
         if part is not None and part.right is not None and part.out is not None:
-            part.out.copy_(matmul_fp32(x, part.right))
+            part.out.copy_(matmul_fp32(x, part.right.to(x.dtype)))
         found.append(None if part is None else matmul_fp32(x.t(), part.left))
     return found
 
