@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ class _LockedPages(mmap.mmap):
         self._address = address
         return True
 
-    def __del__(self) -> None:
-        if self._address is not None and not sys.is_finalizing():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._address is not None and not is_finalizing():  # when modules are gone, so are the pages
             _runtime().cudaHostUnregister(self._address)
 
 
