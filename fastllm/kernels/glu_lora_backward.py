@@ -29,8 +29,8 @@ from .products import matmul_fp32
 from .projections import ProjectionGroup
 
 MAX_RANK = 16  # with 32, the products by themselves are faster
-# Bytes that the parts of X R may take: more rows than fit are processed in several launches.
-_SCRATCH_BYTES = 2**26
+# Bytes that the parts of X R may take: more rows than fit, 9,000 of a model of 8B parameters, take several launches.
+_SCRATCH_BYTES = 2**27
 
 
 class Narrow(NamedTuple):

@@ -66,7 +66,7 @@ class _Memory:
         if sizes:  # longer batches come: a short piece makes room for a long one
             self.stream.synchronize()
             del self._free[sizes.index(min(sizes))]
-        piece = locked_bytes(count)
+        piece = locked_bytes(count, for_forks=False)
         return torch.empty(count, dtype=torch.uint8, pin_memory=True) if piece is None else piece
 
     def give(self, piece: torch.Tensor) -> None:

@@ -1,11 +1,14 @@
 """Host memory for activations: how much of it there is, and that it is used again."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastllm import _device
+from fastllm._locked_memory import _new_pages
 from fastllm.models import host_offload
 from fastllm.models.host_offload import _Memory
 
@@ -56,7 +59,7 @@ def test_a_system_that_does_not_say_has_none(host, monkeypatch, tmp_path):
 
 def test_pieces_are_used_again_and_short_ones_make_room(monkeypatch):
     waits = []
-    monkeypatch.setattr(host_offload, "locked_bytes", lambda count: torch.empty(count, dtype=torch.uint8))
+    monkeypatch.setattr(host_offload, "locked_bytes", lambda count, for_forks: torch.empty(count, dtype=torch.uint8))
     memory = _Memory(SimpleNamespace(synchronize=lambda: waits.append(len(memory._free))))
     short, long = memory.take(100), memory.take(300)
     for piece in (long, short):
@@ -69,3 +72,16 @@ def test_pieces_are_used_again_and_short_ones_make_room(monkeypatch):
     memory.give(long)
     memory.release()
     assert memory._free == [] and waits == [2, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say how memory is mapped")
+@pytest.mark.parametrize("for_forks", [True, False])
+def test_pages_are_shared_with_forked_processes_or_kept_from_them(for_forks):
+    """A private page that both had would be copied at the next write, beside the one that the GPU knows."""
+    pages = _new_pages(1 << 20, for_forks=for_forks)
+    address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+    for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
+        start, end = (int(number, 16) for number in mapping.split(" ", 1)[0].split("-"))
+        if start <= address < end:
+            flags = mapping.split("VmFlags:")[1].split()
+    assert ("sh" in flags) == for_forks and ("dc" in flags) != for_forks
