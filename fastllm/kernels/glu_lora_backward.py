@@ -72,7 +72,7 @@ _TILINGS_AMD = {2: Tiling(16, 64, 4, 1, 528), 4: Tiling(16, 32, 4, 1, 528)}
 # Takes 170 of the 227 KiB of shared memory that Hopper has, and all registers where h A^T is not wanted.
 _TILING_HOPPER = Tiling(64, 128, 8, 3, 132)
 # With products to add, whether h A^T is wanted or not.
-_TILING_HOPPER_TERMS = Tiling(64, 128, 8, 2, 132)
+_TILING_HOPPER_TERMS = Tiling(32, 128, 8, 2, 132)
 
 
 class LoraProducts(NamedTuple):
@@ -271,6 +271,16 @@ def _store_narrow(base, indices, limit, ranks, rank, stride, value):
 
 
 @jit
+def _with_term(value, left, right, PRECISION: tl.constexpr):
+    """value + left right^T, computed transposed.
+
+    So Triton gives each warp rows of its own where it would give the few that there are to several, to compute the same
+    in registers that nobody has; and `value` is not the start of the product's sum, for which nothing is loaded ahead.
+    """
+    return value + tl.trans(tl.dot(right, tl.trans(left), input_precision=PRECISION))
+
+
+@jit
 def _glu_lora_bwd_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
     gate_left, gate_right, gate_rank, gate_first, gate_out_first, gl_row, gl_rank, gr_row, gr_rank,
@@ -301,17 +311,17 @@ def _glu_lora_bwd_kernel(
         live = (rows < end)[:, None] & (cols < width)[None, :]
         wide_rows = rows.to(tl.int64)[:, None]
         gate = tl.load(gate_ptr + wide_rows * gate_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + wide_rows * up_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-        dh = tl.load(dh_ptr + wide_rows * dh_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
         if GATE_LACKS:
             gate_l = _narrow_tile(gate_left, rows, end, ranks, gate_rank, gl_row, gl_rank)
-            gate += tl.dot(gate_l, tl.trans(gate_r), input_precision=PRECISION)
+            gate = _with_term(gate, gate_l, gate_r, PRECISION)
+        up = tl.load(up_ptr + wide_rows * up_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
         if UP_LACKS:
             up_l = _narrow_tile(up_left, rows, end, ranks, up_rank, ul_row, ul_rank)
-            up += tl.dot(up_l, tl.trans(up_r), input_precision=PRECISION)
+            up = _with_term(up, up_l, up_r, PRECISION)
+        dh = tl.load(dh_ptr + wide_rows * dh_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
         if H_LACKS:
             h_l = _narrow_tile(h_left, rows, end, ranks, h_rank, hl_row, hl_rank)
-            dh += tl.dot(h_l, tl.trans(h_r), input_precision=PRECISION)
+            dh = _with_term(dh, h_l, h_r, PRECISION)
         acted, slope = activate(gate, ACTIVATION)
         # Zeros where the loads gave zeros: without a mask Triton computes each anew in the layout of each product.
         dgate = tl.where(live, dh * up * slope, 0.0).to(dtype)
