@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from fastllm.kernels import decoder_glu, fp8
+from fastllm.kernels import decoder_layer as decoder_layer_module
+from fastllm.kernels.decoder_glu import down_input_backward
 from fastllm.kernels.decoder_layer import DecoderLayer, Keep, decoder_layer
+from fastllm.kernels.dispatch import backend
 from fastllm.kernels.fp8 import (
     CAPABILITY,
     Fp8Matrix,
@@ -361,9 +364,17 @@ def test_terms_that_are_added_later(reference, keep, changes):
 
 
 def check_fused_terms(setting: Setting, keep: Keep = Keep.ALL, spec: Spec = LAYER) -> None:
-    """Added where LoRA's products are made as well: what comes of them where both are on their own."""
-    found = run_layer(setting, spec, keep=keep)
+    """Added where LoRA's products are made as well: what comes of them where both are on their own. The kernel runs
+    whatever the setting: interpreted, the rest of a layer takes long."""
+
+    def fused(*arguments):
+        with backend("triton"):
+            return down_input_backward(*arguments)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_layer_module, "down_input_backward", fused)
+        found = run_layer(setting, spec, keep=keep)
+        patch.undo()
         patch.setattr(decoder_glu, "serves_groups", lambda *_: False)
         expected = run_layer(setting, spec, keep=keep)
     errors = [relative(value, truth.double()) for value, truth in zip(found, expected, strict=True)]
@@ -371,10 +382,9 @@ def check_fused_terms(setting: Setting, keep: Keep = Keep.ALL, spec: Spec = LAYE
         raise OverLimit(f"{errors}")
 
 
-@pytest.mark.usefixtures("narrow_extension")
 @pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUT])
-def test_terms_beside_the_narrow_products(device, keep):
-    check_fused_terms(Setting("triton", torch.float32, device), keep)
+def test_terms_beside_the_narrow_products(reference, keep):
+    check_fused_terms(reference, keep)
 
 
 @pytest.mark.gpu
