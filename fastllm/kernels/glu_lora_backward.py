@@ -72,7 +72,7 @@ _TILINGS_AMD = {2: Tiling(16, 64, 4, 1, 528), 4: Tiling(16, 32, 4, 1, 528)}
 # Takes 170 of the 227 KiB of shared memory that Hopper has, and all registers where h A^T is not wanted.
 _TILING_HOPPER = Tiling(64, 128, 8, 3, 132)
 # With products to add, whether h A^T is wanted or not: taller tiles spill.
-_TILING_HOPPER_TERMS = Tiling(32, 128, 8, 2, 132)
+_TILING_HOPPER_TERMS = Tiling(32, 128, 8, 2, 800)
 
 
 class LoraProducts(NamedTuple):

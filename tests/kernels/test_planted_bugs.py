@@ -249,8 +249,8 @@ LORA = {
         checks(check_follows, adapters_trained, on="reference"),
     ),
     "dense_weight_kept": Bug(
-        "if not isinstance(projection.weight, Nf4Weight):\n            target",
-        "if known is None and not isinstance(projection.weight, Nf4Weight):\n            target",
+        "if not isinstance(projection.weight, Nf4Weight):\n            copy_rows",
+        "if known is None and not isinstance(projection.weight, Nf4Weight):\n            copy_rows",
         checks(check_follows, dense_edited, dense=True, on="reference"),
     ),
     "low_rank_path_forgotten": Bug(
