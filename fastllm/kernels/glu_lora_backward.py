@@ -113,8 +113,8 @@ def glu_backward_between(
     needs_down_low_rank: bool,
 ) -> LoraProducts:
     """Write the gradient of gate and up into the left part of `extended`, the buffer of `gate_up.output_buffer`, and
-    their dY B into its right part, where it has one. `values`, whose first columns are gate and up `[T, 2F]`, may be the
-    same buffer. What a group whose term is separate left out of gate and up, or of `dh`, is added to them.
+    their dY B into its right part, where it has one. `values`, whose first columns are gate and up `[T, 2F]`, may be
+    the same buffer. What a group whose term is separate left out of gate and up, or of `dh`, is added to them.
 
     `low_rank [T, E]` is x A^T of the first group, `down_dy_low_rank [T, E]` and `down_a [E, F]` dY B of the second and
     its A of `prepare`, None where a group has no adapter; h A^T is computed where `needs_down_low_rank`.
@@ -310,6 +310,7 @@ def _glu_lora_bwd_kernel(
         rows = start + tl.arange(0, ROWS)
         live = (rows < end)[:, None] & (cols < width)[None, :]
         wide_rows = rows.to(tl.int64)[:, None]
+        gate_l, up_l, h_l = None, None, None  # each is loaded where it is wanted first
         gate = tl.load(gate_ptr + wide_rows * gate_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
         if GATE_LACKS:
             gate_l = _narrow_tile(gate_left, rows, end, ranks, gate_rank, gl_row, gl_rank)
