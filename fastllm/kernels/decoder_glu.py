@@ -47,7 +47,7 @@ def down_input_backward(
         is_unknown = state.down_low_rank is None or torch.are_deterministic_algorithms_enabled()
         return glu_backward_between(
             layer.gate_up, layer.down, hidden, gate_up, dgate_up, layer.activation, low_rank=state.gate_up_low_rank,
-            down_dy_low_rank=dy_low_rank, down_a=down_a if needs_b and is_unknown else None,
+            down_dy_low_rank=dy_low_rank, down_a=down_a, needs_down_low_rank=needs_b and is_unknown,
         )  # fmt: skip
     values, grads = layer.split_gate_up(gate_up), layer.split_gate_up(dgate_up)
     if layer.gate_up.has_separate_term or layer.down.has_separate_term:

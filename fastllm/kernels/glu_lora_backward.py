@@ -7,6 +7,9 @@ With R = B and L = x A^T of gate and up these are dY B and dB, with R = A^T and 
 product takes as long as reading X does. Here each tile of X is multiplied while it is in registers: dgate and dup are
 written and not read again, and h, which nothing else wants, is not even written.
 
+The same L R^T is what LoRA adds to gate, up and dh. Where an FP8 product left it out (low_rank_glu.py), it is made here
+from the tiles of L and R that are there anyway, and added before anything is made of the sum, which is not rounded.
+
 A program owns a strip of columns and walks down its share of the rows. It holds its part of each X^T L; its part of X R
 is one of as many as there are strips, which are added up afterwards, in a fixed order: the same bits on every run.
 
@@ -24,7 +27,7 @@ import torch
 from .._device import info_of
 from .activation import activate, require_known
 from .dispatch import dot_precision, jit, launch_on, next_power_of_2, tl, triton, use_triton
-from .glu import glu_backward
+from .low_rank_glu import LowRankTerm, low_rank_glu_backward
 from .products import matmul_fp32
 from .projections import ProjectionGroup
 
@@ -35,11 +38,21 @@ _SCRATCH_BYTES = 2**26
 
 class Narrow(NamedTuple):
     """What X is multiplied with: `left [T, r]` and, where X R is wanted, `right [F, r]`; `out [T, r]` takes X R, the
-    last two in any dtype. All may be views of any strides."""
+    last two in any dtype. All may be views of any strides.
+
+    With `is_left_out` the matrix given, gate for dgate, up for dup and dh for h, lacks left right^T."""
 
     left: torch.Tensor
     right: torch.Tensor | None = None
     out: torch.Tensor | None = None
+    is_left_out: bool = False
+
+    def term(self) -> LowRankTerm | None:
+        """What the matrix given lacks."""
+        if not self.is_left_out:
+            return None
+        assert self.right is not None
+        return LowRankTerm(self.left, self.right.t())
 
 
 class Tiling(NamedTuple):
@@ -58,6 +71,8 @@ _TILINGS = {2: Tiling(32, 128, 8, 2, 800, 255), 4: Tiling(16, 32, 8, 1, 528, 255
 _TILINGS_AMD = {2: Tiling(16, 64, 4, 1, 528), 4: Tiling(16, 32, 4, 1, 528)}
 # Takes 170 of the 227 KiB of shared memory that Hopper has, and all registers where h A^T is not wanted.
 _TILING_HOPPER = Tiling(64, 128, 8, 3, 132)
+# With products to add, whether h A^T is wanted or not: taller tiles spill.
+_TILING_HOPPER_TERMS = Tiling(32, 128, 8, 2, 132)
 
 
 class LoraProducts(NamedTuple):
@@ -73,13 +88,15 @@ class LoraProducts(NamedTuple):
 def serves_groups(gate_up: ProjectionGroup, down: ProjectionGroup, x: torch.Tensor) -> bool:
     """Whether `glu_backward_between` can run for the groups around a gated linear unit, with matrices like `x`.
 
-    It needs an adapter of theirs, tensor cores that Triton knows, and gate and up to be projections of their own.
+    It needs an adapter of theirs, tensor cores that Triton knows, and gate and up to be projections of their own; and
+    FP8 in both groups or in neither.
     """
     ranks = [projection.rank for group in (gate_up, down) for projection in group.projections]
     if not (use_triton(x) and 0 < max(ranks) <= MAX_RANK and len(gate_up.projections) == 2):
         return False
-    is_plain = not (gate_up.is_fp8 or down.is_fp8 or down.has_dropout)
-    return is_plain and (not x.is_cuda or info_of(x.device).has_tensor_core_dot)
+    if down.has_dropout or gate_up.is_fp8 != down.is_fp8:
+        return False
+    return not x.is_cuda or info_of(x.device).has_tensor_core_dot
 
 
 def glu_backward_between(
@@ -92,31 +109,33 @@ def glu_backward_between(
     *,
     low_rank: torch.Tensor | None,
     down_dy_low_rank: torch.Tensor | None,
-    down_a: torch.Tensor | None = None,
+    down_a: torch.Tensor | None,
+    needs_down_low_rank: bool,
 ) -> LoraProducts:
     """Write the gradient of gate and up into the left part of `extended`, the buffer of `gate_up.output_buffer`, and
-    their dY B into its right part. `values`, whose first columns are gate and up `[T, 2F]`, may be the same buffer.
+    their dY B into its right part, where it has one. `values`, whose first columns are gate and up `[T, 2F]`, may be
+    the same buffer. What a group whose term is separate left out of gate and up, or of `dh`, is added to them.
 
-    `low_rank [T, E]` is x A^T of the first group and `down_dy_low_rank [T, E]` dY B of the second, None where a group
-    has no adapter; `down_a [E, F]` is the A of `prepare` where h A^T is wanted.
+    `low_rank [T, E]` is x A^T of the first group, `down_dy_low_rank [T, E]` and `down_a [E, F]` dY B of the second and
+    its A of `prepare`, None where a group has no adapter; h A^T is computed where `needs_down_low_rank`.
     """
     width = dh.shape[1]
-    beside = extended[:, gate_up.out_features :]
+    beside = dh.new_empty(dh.shape[0], gate_up.extension) if gate_up.is_fp8 else extended[:, gate_up.out_features :]
     narrow: list[Narrow | None] = []
     for projection, ranks in zip(gate_up.projections, gate_up.rank_slices, strict=True):
         if projection.lora_b is None or low_rank is None:
             narrow.append(None)
         else:
-            narrow.append(Narrow(low_rank[:, ranks], projection.lora_b.detach(), beside[:, ranks]))
+            b = projection.lora_b.detach()
+            narrow.append(Narrow(low_rank[:, ranks], b, beside[:, ranks], gate_up.has_separate_term))
     down_low_rank = None
-    if down_dy_low_rank is None:
+    if down_dy_low_rank is None or down_a is None:
         narrow.append(None)
     else:
         (ranks,) = down.rank_slices
-        left, right = down_dy_low_rank[:, ranks], None
-        if down_a is not None:
-            right, down_low_rank = down_a[ranks].t(), torch.empty_like(left)
-        narrow.append(Narrow(left, right, down_low_rank))
+        left, right = down_dy_low_rank[:, ranks], down_a[ranks].t()
+        down_low_rank = torch.empty_like(left) if needs_down_low_rank else None
+        narrow.append(Narrow(left, right, down_low_rank, down.has_separate_term))
     beside.zero_()
     (gate, up), (dgate, dup) = ((t[:, :width], t[:, width : 2 * width]) for t in (values, extended))
     *db, da = glu_lora_backward(dh, gate, up, activation, dgate, dup, narrow=narrow)
@@ -134,7 +153,7 @@ def glu_lora_backward(
     narrow: Sequence[Narrow | None],
 ) -> list[torch.Tensor | None]:
     """Write the gradients of gate and up into `dgate` and `dup`, which may overlay them, and X R of each of `narrow`,
-    that of dgate, dup and h, into its `out`.
+    that of dgate, dup and h, into its `out`. Where that says so, its product is first added to gate, up and dh.
 
     All are rows `[T, F]` with unit stride along F. Other activations raise a ValueError.
     Returns: X^T L `[F, r]` in fp32 (float64 for float64) for each of `narrow`, or None where that is None.
@@ -144,8 +163,9 @@ def glu_lora_backward(
         return _reference(dh, gate, up, activation, dgate, dup, narrow)
     rows, width = gate.shape
     ranks = [0 if part is None else part.left.shape[1] for part in narrow]
-    out_ranks = [0 if part is None or part.right is None else part.left.shape[1] for part in narrow]
-    tiling = _tiling(gate, has_h_out=out_ranks[2] > 0)
+    out_ranks = [0 if part is None or part.out is None else part.left.shape[1] for part in narrow]
+    has_terms = any(part is not None and part.is_left_out for part in narrow)
+    tiling = _tiling(gate, has_h_out=out_ranks[2] > 0, has_terms=has_terms)
     strips = -(-width // tiling.columns)
     chunk = max(_SCRATCH_BYTES // (4 * strips * max(sum(out_ranks), 1)) // tiling.rows, 1) * tiling.rows
     splits = max(min(tiling.programs // strips, -(-min(rows, chunk) // tiling.rows)), 1)
@@ -167,10 +187,12 @@ def glu_lora_backward(
     return [None if part is None else value for part, value in zip(narrow, found, strict=True)]
 
 
-def _tiling(x: torch.Tensor, *, has_h_out: bool) -> Tiling:
+def _tiling(x: torch.Tensor, *, has_h_out: bool, has_terms: bool) -> Tiling:
     if torch.version.hip is not None:
         return _TILINGS_AMD[x.dtype.itemsize]
-    return _TILING_HOPPER if _is_hopper(x) and x.dtype.itemsize == 2 and not has_h_out else _TILINGS[x.dtype.itemsize]
+    if _is_hopper(x) and x.dtype.itemsize == 2 and (has_terms or not has_h_out):
+        return _TILING_HOPPER_TERMS if has_terms else _TILING_HOPPER
+    return _TILINGS[x.dtype.itemsize]
 
 
 def _is_hopper(x: torch.Tensor) -> bool:
@@ -188,7 +210,8 @@ def _reference(
 ) -> list[torch.Tensor | None]:
     """The definition."""
     h = torch.empty_like(dh)
-    glu_backward(dh, gate, up, activation, dgate, dup, h_out=h)
+    gate_term, up_term, dh_term = (None if part is None else part.term() for part in narrow)
+    low_rank_glu_backward(dh, gate, up, activation, dh_term, gate_term, up_term, dgate, dup, h_out=h)
     found: list[torch.Tensor | None] = []
     for x, part in zip((dgate, dup, h), narrow, strict=True):
         if part is not None and part.right is not None and part.out is not None:
@@ -198,7 +221,7 @@ def _reference(
 
 
 def _rows_of(part: Narrow, rows: slice) -> Narrow:
-    return Narrow(part.left[rows], part.right, None if part.out is None else part.out[rows])
+    return part._replace(left=part.left[rows], out=None if part.out is None else part.out[rows])
 
 
 def _launch(
@@ -214,11 +237,11 @@ def _launch(
     arguments, flags = [], {}
     first = out_first = widest = 0
     for name, part in zip(("GATE", "UP", "H"), narrow, strict=True):
-        left, right, _ = Narrow(wide[0][:, :0]) if part is None else part
+        left, right, out, is_left_out = Narrow(wide[0][:, :0]) if part is None else part
         rank = left.shape[1]
         right, strides = (left, (0, 0)) if right is None else (right, right.stride())
         arguments += [left, right, rank, first, out_first, *left.stride(), *strides]
-        flags |= {f"HAS_{name}": part is not None, f"HAS_{name}_OUT": part is not None and part.right is not None}
+        flags |= {f"HAS_{name}": part is not None, f"HAS_{name}_OUT": out is not None, f"{name}_LACKS": is_left_out}
         first, widest = first + rank, max(rank, widest)
         out_first += rank * flags[f"HAS_{name}_OUT"]
     splits = split_sums.shape[0]
@@ -248,6 +271,16 @@ def _store_narrow(base, indices, limit, ranks, rank, stride, value):
 
 
 @jit
+def _with_term(value, left, right, PRECISION: tl.constexpr):
+    """value + left right^T, computed transposed.
+
+    So Triton gives each warp rows of its own where it would give the few that there are to several, to compute the same
+    in registers that nobody has; and `value` is not the start of the product's sum, for which nothing is loaded ahead.
+    """
+    return value + tl.trans(tl.dot(right, tl.trans(left), input_precision=PRECISION))
+
+
+@jit
 def _glu_lora_bwd_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
     gate_left, gate_right, gate_rank, gate_first, gate_out_first, gl_row, gl_rank, gr_row, gr_rank,
@@ -256,8 +289,9 @@ def _glu_lora_bwd_kernel(
     strip_sums, split_sums, num_rows, width, rows_of_split, all_ranks, all_out_ranks,
     dh_stride, gate_stride, up_stride, dgate_stride, dup_stride,
     ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GATE_OUT: tl.constexpr, HAS_UP: tl.constexpr,
-    HAS_UP_OUT: tl.constexpr, HAS_H: tl.constexpr, HAS_H_OUT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    HAS_UP_OUT: tl.constexpr, HAS_H: tl.constexpr, HAS_H_OUT: tl.constexpr, GATE_LACKS: tl.constexpr,
+    UP_LACKS: tl.constexpr, H_LACKS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
 ):  # fmt: skip
     strip, split = tl.program_id(0), tl.program_id(1)
     cols = strip * COLUMNS + tl.arange(0, COLUMNS)
@@ -276,9 +310,19 @@ def _glu_lora_bwd_kernel(
         rows = start + tl.arange(0, ROWS)
         live = (rows < end)[:, None] & (cols < width)[None, :]
         wide_rows = rows.to(tl.int64)[:, None]
+        gate_l, up_l, h_l = None, None, None  # each is loaded where it is wanted first
         gate = tl.load(gate_ptr + wide_rows * gate_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
+        if GATE_LACKS:
+            gate_l = _narrow_tile(gate_left, rows, end, ranks, gate_rank, gl_row, gl_rank)
+            gate = _with_term(gate, gate_l, gate_r, PRECISION)
         up = tl.load(up_ptr + wide_rows * up_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
+        if UP_LACKS:
+            up_l = _narrow_tile(up_left, rows, end, ranks, up_rank, ul_row, ul_rank)
+            up = _with_term(up, up_l, up_r, PRECISION)
         dh = tl.load(dh_ptr + wide_rows * dh_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
+        if H_LACKS:
+            h_l = _narrow_tile(h_left, rows, end, ranks, h_rank, hl_row, hl_rank)
+            dh = _with_term(dh, h_l, h_r, PRECISION)
         acted, slope = activate(gate, ACTIVATION)
         # Zeros where the loads gave zeros: without a mask Triton computes each anew in the layout of each product.
         dgate = tl.where(live, dh * up * slope, 0.0).to(dtype)
@@ -288,20 +332,23 @@ def _glu_lora_bwd_kernel(
         tl.store(dgate_ptr + wide_rows * dgate_stride + cols[None, :], dgate, mask=live)
         tl.store(dup_ptr + wide_rows * dup_stride + cols[None, :], dup, mask=live)
         if HAS_GATE:
-            left = _narrow_tile(gate_left, rows, end, ranks, gate_rank, gl_row, gl_rank)
-            gate_sum = tl.dot(tl.trans(dgate), left, gate_sum, input_precision=PRECISION)
+            if not GATE_LACKS:
+                gate_l = _narrow_tile(gate_left, rows, end, ranks, gate_rank, gl_row, gl_rank)
+            gate_sum = tl.dot(tl.trans(dgate), gate_l, gate_sum, input_precision=PRECISION)
         if HAS_GATE_OUT:
             value = tl.dot(dgate, gate_r, input_precision=PRECISION)
             _store_narrow(strip_sums + gate_out_first, rows, end, ranks, gate_rank, all_out_ranks, value)
         if HAS_UP:
-            left = _narrow_tile(up_left, rows, end, ranks, up_rank, ul_row, ul_rank)
-            up_sum = tl.dot(tl.trans(dup), left, up_sum, input_precision=PRECISION)
+            if not UP_LACKS:
+                up_l = _narrow_tile(up_left, rows, end, ranks, up_rank, ul_row, ul_rank)
+            up_sum = tl.dot(tl.trans(dup), up_l, up_sum, input_precision=PRECISION)
         if HAS_UP_OUT:
             value = tl.dot(dup, up_r, input_precision=PRECISION)
             _store_narrow(strip_sums + up_out_first, rows, end, ranks, up_rank, all_out_ranks, value)
         if HAS_H:
-            left = _narrow_tile(h_left, rows, end, ranks, h_rank, hl_row, hl_rank)
-            h_sum = tl.dot(tl.trans(h), left, h_sum, input_precision=PRECISION)
+            if not H_LACKS:
+                h_l = _narrow_tile(h_left, rows, end, ranks, h_rank, hl_row, hl_rank)
+            h_sum = tl.dot(tl.trans(h), h_l, h_sum, input_precision=PRECISION)
         if HAS_H_OUT:
             value = tl.dot(h, h_r, input_precision=PRECISION)
             _store_narrow(strip_sums + h_out_first, rows, end, ranks, h_rank, all_out_ranks, value)

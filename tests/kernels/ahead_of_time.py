@@ -138,6 +138,8 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
         around, a = [glu_lora.Narrow(left, b, left)] * 2, a.to(dtype)
         for last in (glu_lora.Narrow(left), glu_lora.Narrow(left, a.t(), left)):
             glu_lora.glu_lora_backward(h, gate, up, name, gate, up, narrow=[*around, last])
+            lacking = [part._replace(is_left_out=True) for part in (*around, last._replace(right=a.t()))]
+            glu_lora.glu_lora_backward(h, gate, up, name, gate, up, narrow=lacking)
     images = {"documents": documents, "causal": False}
     for width in (64, 128):  # of vision towers
         q, k, v = (torch.randn(1, ROWS, 2, width, dtype=dtype).transpose(1, 2) for _ in range(3))

@@ -11,8 +11,11 @@ import functools
 import pytest
 import torch
 
-from fastllm.kernels import fp8
+from fastllm.kernels import decoder_glu, fp8
+from fastllm.kernels import decoder_layer as decoder_layer_module
+from fastllm.kernels.decoder_glu import down_input_backward
 from fastllm.kernels.decoder_layer import DecoderLayer, Keep, decoder_layer
+from fastllm.kernels.dispatch import backend
 from fastllm.kernels.fp8 import (
     CAPABILITY,
     Fp8Matrix,
@@ -29,7 +32,7 @@ from fastllm.kernels.projections import fp8_obstacle
 
 from .parity import OverLimit, Setting
 from .quantized import quantize
-from .test_decoder_layer import Spec, call_of, layer_of, parameters_of
+from .test_decoder_layer import Spec, call_of, deterministic, layer_of, parameters_of
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY,
@@ -320,10 +323,11 @@ def reference(device: torch.device) -> Setting:
 @pytest.mark.parametrize("keep", [Keep.INPUT, Keep.OFFLOADED_INPUT, Keep.OFFLOADED_ATTENTION])
 def test_a_layer_gives_the_same_bits_however_it_keeps(reference, keep):
     run, kept = functools.partial(run_layer, reference, LAYER, choose_backend=lambda *_: "triton"), KeptWeights()
-    expected = run()
-    assert all(map(torch.equal, run(keep=keep), expected))
-    for _ in range(2):
-        assert all(map(torch.equal, run(keep=keep, kept_weights=kept), expected))
+    with deterministic():
+        expected = run()
+        assert all(map(torch.equal, run(keep=keep), expected))
+        for _ in range(2):
+            assert all(map(torch.equal, run(keep=keep, kept_weights=kept), expected))
     layer, _, _ = fp8_layer(reference, LAYER, is_fp8=True)
     assert kept.nbytes == sum(group.kept_bytes(reference.dtype) for group in layer.groups())
 
@@ -357,6 +361,30 @@ def check_separate_terms(setting: Setting, spec: Spec = LAYER) -> None:
 @pytest.mark.parametrize("changes", [{}, {"is_merged": True}, {"has_out_norms": True}], ids=str)
 def test_terms_that_are_added_later(reference, keep, changes):
     check_separate_terms(reference, dataclasses.replace(LAYER, keep=keep, **changes))
+
+
+def check_fused_terms(setting: Setting, keep: Keep = Keep.ALL, spec: Spec = LAYER) -> None:
+    """Added where LoRA's products are made as well: what comes of them where both are on their own. The kernel runs
+    whatever the setting: interpreted, the rest of a layer takes long."""
+
+    def fused(*arguments):
+        with backend("triton"):
+            return down_input_backward(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_layer_module, "down_input_backward", fused)
+        found = run_layer(setting, spec, keep=keep)
+        patch.undo()
+        patch.setattr(decoder_glu, "serves_groups", lambda *_: False)
+        expected = run_layer(setting, spec, keep=keep)
+    errors = [relative(value, truth.double()) for value, truth in zip(found, expected, strict=True)]
+    if not max(errors) < 2e-3:
+        raise OverLimit(f"{errors}")
+
+
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUT])
+def test_terms_beside_the_narrow_products(reference, keep):
+    check_fused_terms(reference, keep)
 
 
 @pytest.mark.gpu

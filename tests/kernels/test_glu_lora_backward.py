@@ -26,34 +26,41 @@ def check_products(
     *,
     ranks: tuple[int | None, int | None, int | None] = (5, 16, 7),
     with_right: tuple[bool, bool, bool] = (True, True, True),
+    left_out: tuple[bool, bool, bool] = (False, False, False),
     activation: str = "silu",
 ) -> None:
-    """The gradients over gate and up inside a wider buffer, and every product, X R in columns of another."""
+    """The gradients over gate and up inside a wider buffer, and every product, X R in columns of another. Of what is
+    `left_out` of gate, up and dh, the kernel makes the sum."""
     wide = setting.randn(rows, 2 * width + 6)
     spare = wide[:, 2 * width :].clone()
     gate, up, dh = wide[:, :width], wide[:, width : 2 * width], setting.randn(rows, width)
     outs = torch.full((3, rows, MAX_RANK + 9), 7.0, dtype=setting.dtype, device=setting.device)
     narrow: list[Narrow | None] = []
-    for rank, has_right, out in zip(ranks, with_right, outs, strict=True):
+    for rank, has_right, lacks, out in zip(ranks, with_right, left_out, outs, strict=True):
         if rank is None:
             narrow.append(None)
             continue
         left = setting.randn(rows, rank + 9)[:, 3 : 3 + rank]
-        if not has_right:
-            narrow.append(Narrow(left))
-        elif len(narrow) < 2:  # a B, finer than the rest
-            narrow.append(Narrow(left, setting.randn(width, rank, dtype=torch.float32), out[:, :rank]))
-        else:  # an A
-            narrow.append(Narrow(left, setting.randn(rank, width).t(), out[:, :rank]))
+        right, scale = None, rank**-0.5 if lacks else 1.0
+        if (has_right or lacks) and len(narrow) < 2:  # a B, finer than the rest
+            right = setting.randn(width, rank, scale=scale, dtype=torch.float32)
+        elif has_right or lacks:  # an A
+            right = setting.randn(rank, width, scale=scale).t()
+        narrow.append(Narrow(left, right, out[:, :rank] if has_right else None, lacks))
 
     def expected(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        inputs = {"gate": gate.to(dtype), "up": up.to(dtype)}
-        found = run(lambda gate, up: eager.glu(gate, up, activation), inputs, (dh.to(dtype),))
+        complete = [
+            value.to(dtype) + part.left.to(dtype) @ part.right.to(dtype).t()
+            if part is not None and part.right is not None and part.is_left_out else value.to(dtype)
+            for value, part in zip((gate, up, dh), narrow, strict=True)
+        ]  # fmt: skip
+        inputs = {"gate": complete[0], "up": complete[1]}
+        found = run(lambda gate, up: eager.glu(gate, up, activation), inputs, (complete[2],))
         found["h"] = found.pop("y")
         for name, part in zip(NAMES, narrow, strict=True):
             if part is not None:
                 found[f"{name} left"] = found[name].t() @ part.left.to(dtype)
-                if part.right is not None:
+                if part.right is not None and part.out is not None:
                     found[f"{name} right"] = found[name] @ part.right.to(dtype)
         return found
 
@@ -69,7 +76,7 @@ def check_products(
             continue
         key = f"{name} left"
         assert_parity(key, left, theirs[key], truth[key], PRODUCT, computed_in=setting.dtype)
-        rank = 0 if part.right is None else part.left.shape[1]
+        rank = 0 if part.out is None else part.left.shape[1]
         if rank:
             key = f"{name} right"
             assert_parity(key, out[:, :rank], theirs[key], truth[key], PRODUCT)
@@ -95,6 +102,22 @@ def test_without_the_sums_along_columns(setting, with_right):
     check_products(setting, 33, 150, with_right=with_right)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(5, 61), (67, 130)], ids=str)
+def test_with_what_the_products_left_out(setting, shape, activation):
+    check_products(setting, *shape, left_out=(True, True, True), activation=activation)
+
+
+@pytest.mark.parametrize("left_out", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+@pytest.mark.parametrize("with_right", [(True, True, False), (False, False, False)], ids=str)
+def test_one_that_is_left_out(setting, left_out, with_right):
+    check_products(setting, 33, 100, left_out=left_out, with_right=with_right)
+
+
+def test_left_out_beside_no_adapter(setting):
+    check_products(setting, 33, 100, ranks=(None, 16, None), left_out=(False, True, False))
+
+
 def check_many_programs(setting: Setting, **options) -> None:
     """Rows in several launches and shares, columns in several strips."""
     with pytest.MonkeyPatch.context() as patch:
@@ -104,8 +127,9 @@ def check_many_programs(setting: Setting, **options) -> None:
         check_products(setting, 150, 300, **options)
 
 
-def test_many_programs(setting):
-    check_many_programs(setting)
+@pytest.mark.parametrize("is_left_out", [False, True])
+def test_many_programs(setting, is_left_out):
+    check_many_programs(setting, left_out=(is_left_out,) * 3)
 
 
 def test_no_rows(setting):
@@ -135,12 +159,15 @@ def test_unknown_activation(fp32):
         glu_lora_backward(x, x, x, "relu", x, x, narrow=[None, None, None])
 
 
-def groups(rank: int, *, dropout: float = 0.0, is_fp8: bool = False) -> tuple[ProjectionGroup, ProjectionGroup]:
+def groups(
+    rank: int, *, dropout: float = 0.0, fp8: tuple[bool, bool] = (False, False)
+) -> tuple[ProjectionGroup, ProjectionGroup]:
     def new(rows: int, columns: int) -> Projection:
         ab = (torch.zeros(rank, columns), torch.zeros(rows, rank)) if rank else (None, None)
         return Projection(torch.zeros(rows, columns), None, *ab, dropout=dropout)
 
-    return ProjectionGroup([new(32, 16), new(32, 16)], is_fp8=is_fp8), ProjectionGroup([new(16, 32)])
+    gate_up, down = fp8
+    return ProjectionGroup([new(32, 16), new(32, 16)], is_fp8=gate_up), ProjectionGroup([new(16, 32)], is_fp8=down)
 
 
 def test_which_groups_it_serves(monkeypatch, device):
@@ -155,7 +182,9 @@ def test_which_groups_it_serves(monkeypatch, device):
         assert not serves_groups(*groups(0), x)
         assert not serves_groups(*groups(MAX_RANK + 1), x)
         assert not serves_groups(*groups(4, dropout=0.1), x)
-        assert not serves_groups(*groups(4, is_fp8=True), x)
+        assert serves_groups(*groups(4, fp8=(True, True)), x)
+        assert not serves_groups(*groups(4, fp8=(True, False)), x)
+        assert not serves_groups(*groups(4, fp8=(False, True)), x)
         if x.is_cuda:
             see_capability(monkeypatch, 7, 5)
             assert not serves_groups(gate_up, down, x)

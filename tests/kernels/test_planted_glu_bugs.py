@@ -3,6 +3,7 @@
 import pytest
 
 from ..planting import Bug
+from .test_fp8 import check_fused_terms
 from .test_glu import check_glu, check_overlay
 from .test_glu_lora_backward import check_many_programs, check_products
 from .test_planted_bugs import check_noticed, checks, layer, pytestmark  # noqa: F401
@@ -26,9 +27,20 @@ GLU_LORA = {
     ),
     "rows_of_every_later_share": Bug("end = min((split + 1) * rows_of_split, num_rows)", "end = num_rows",
                                      checks(check_many_programs)),
+    "term_of_up_added_to_dh": Bug("dh = _with_term(dh, h_l, h_r", "dh = _with_term(dh, up_l, up_r",
+                                  checks(check_products, 5, 97, left_out=(True, True, True))),
+    "terms_that_nothing_lacks": Bug(
+        "b, beside[:, ranks], gate_up.has_separate_term)", "b, beside[:, ranks], True)", layer("llama_nf4", on="triton")
+    ),
+    "term_of_hidden_forgotten": Bug(
+        "Narrow(left, right, down_low_rank, down.has_separate_term)", "Narrow(left, right, down_low_rank)",
+        checks(check_fused_terms, on="reference"),
+    ),
+    "reference_without_terms": Bug("if not self.is_left_out:", "if True:",
+                                   checks(check_products, 5, 97, left_out=(True, True, True), on="reference")),
     "reference_without_h": Bug("h_out=h)", "h_out=h.zero_() + 1)", checks(check_products, 5, 97, on="reference")),
     "ranks_of_another_projection": Bug(
-        "Narrow(low_rank[:, ranks], projection", "Narrow(low_rank[:, : projection.rank], projection",
+        "Narrow(low_rank[:, ranks], b,", "Narrow(low_rank[:, : projection.rank], b,",
         layer("llama_nf4", on="triton"),
     ),
 }  # fmt: skip
