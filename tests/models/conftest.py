@@ -30,6 +30,13 @@ def make_tokenizer(**special):
     return tokenizer
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def long_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels for batches of many rows run for the few of a test, too."""
