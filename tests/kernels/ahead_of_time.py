@@ -132,14 +132,13 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
             low_rank_glu_forward(gate, up, name, *outputs, out=h)
             low_rank_glu_backward(h, gate, up, name, inputs, *outputs, gate, up, h_out=h)
     rank = glu_lora.MAX_RANK
-    for name in ("silu", "gelu"):
-        h, gate, up = (torch.randn(ROWS, 14336, dtype=dtype) for _ in range(3))
-        left, b, a = torch.randn(ROWS, rank, dtype=dtype), torch.randn(14336, rank), torch.randn(rank, 14336)
-        around, a = [glu_lora.Narrow(left, b, left)] * 2, a.to(dtype)
-        for last in (glu_lora.Narrow(left), glu_lora.Narrow(left, a.t(), left)):
-            glu_lora.glu_lora_backward(h, gate, up, name, gate, up, narrow=[*around, last])
-            lacking = [part._replace(is_left_out=True) for part in (*around, last._replace(right=a.t()))]
-            glu_lora.glu_lora_backward(h, gate, up, name, gate, up, narrow=lacking)
+    h, gate, up = (torch.randn(ROWS, 14336, dtype=dtype) for _ in range(3))
+    left, b, a = (torch.randn(*shape, dtype=dtype) for shape in ((ROWS, rank), (14336, rank), (rank, 14336)))
+    around = [glu_lora.Narrow(left, b.float(), left)] * 2
+    for last in (glu_lora.Narrow(left), glu_lora.Narrow(left, a.t(), left)):
+        lacking = [part._replace(is_left_out=True) for part in (*around, last._replace(right=a.t()))]
+        for narrow in ([*around, last], lacking):  # of all activations this takes the most registers
+            glu_lora.glu_lora_backward(h, gate, up, "gelu", gate, up, narrow=narrow)
     images = {"documents": documents, "causal": False}
     for width in (64, 128):  # of vision towers
         q, k, v = (torch.randn(1, ROWS, 2, width, dtype=dtype).transpose(1, 2) for _ in range(3))
