@@ -196,6 +196,14 @@ def frontier_plot(data: dict[str, Any]) -> str:
     return drawing.done()
 
 
+# Of each loss curve: its name, color, width and style.
+_CURVE_LINES: dict[str, tuple[str, str, float, dict[str, str]]] = {
+    "hf": (NAMES["hf"], COLORS["hf"], 5, {"stroke_opacity": "0.45"}),
+    "fastllm": (NAMES["fastllm"], COLORS["fastllm"], 1.5, {}),
+    "fp8": (f"{NAMES['fastllm']}, FP8", "#a23b72", 1.5, {"stroke_dasharray": "4 2"}),
+}
+
+
 def curves_plot(data: dict[str, Any]) -> str:
     """The loss curves of each dtype on top of each other, and below them their distance from transformers + PEFT."""
     curves = [curve for curve in data["curves"] if "error" not in curve]
@@ -225,13 +233,8 @@ def curves_plot(data: dict[str, Any]) -> str:
         drawing.text(80, top - 8, dtype, font_weight="bold")
         drawing.text(80, bottom + 18, "1", "middle", font_size="11")
         drawing.text(640, bottom + 18, f"{steps} steps", "middle", font_size="11")
-        lines = {
-            "hf": (NAMES["hf"], COLORS["hf"], 5, {"stroke_opacity": "0.45"}),
-            "fastllm": (NAMES["fastllm"], COLORS["fastllm"], 1.5, {}),
-            "fp8": (f"{NAMES['fastllm']}, FP8", "#a23b72", 1.5, {"stroke_dasharray": "4 2"}),
-        }  # fmt: skip
         y = top + 14
-        for name, (label, color, width, style) in lines.items():
+        for name, (label, color, width, style) in _CURVE_LINES.items():
             if name not in own:
                 continue
             drawing.line([place(i, loss) for i, loss in enumerate(own[name])], color, width, **style)

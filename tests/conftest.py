@@ -35,6 +35,12 @@ def _few_threads() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _long_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for batches of many rows run for the few of a test, too."""
+    monkeypatch.setattr("fastllm.kernels.decoder_glu._LEAST_ROWS", 0)
+
+
+@pytest.fixture(autouse=True)
 def _every_notice_is_new() -> None:
     """What fastllm tells once a process, it tells once a test."""
     from fastllm._notices import forget_notices

@@ -1,4 +1,4 @@
-"""The 8-bit AdamW of bitsandbytes in few launches, each as fast as memory allows.
+"""The 8-bit AdamW of bitsandbytes in few launches, on GPUs by a faster kernel.
 
 bitsandbytes updates one tensor after the other: several Python calls, a launch and a wait for the GPU each. A model
 with LoRA has hundreds of small ones, and the waits take ten times as long as the work. But its update treats each block

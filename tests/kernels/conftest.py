@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastllm import _device
-from fastllm.kernels import decoder_glu, projections
+from fastllm.kernels import projections
 
 from .parity import Setting
 
@@ -37,12 +37,6 @@ def setting(request: pytest.FixtureRequest, device: torch.device) -> Setting:
 def fp32(request: pytest.FixtureRequest, device: torch.device) -> Setting:
     """Each implementation in fp32, for properties that do not depend on the dtype."""
     return Setting(request.param, torch.float32, device)
-
-
-@pytest.fixture(autouse=True)
-def long_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for batches of many rows run for the few of a test, too."""
-    monkeypatch.setattr(decoder_glu, "_LEAST_ROWS", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from fastllm.kernels.attention import AttentionCase
 from fastllm.kernels.decoder_layer import decoder_layer
 from fastllm.kernels.layer_definition import Keep, LayerCall, decoder_layer_reference
 
+from ..determinism import deterministic
 from . import eager
 from .conftest import SETTINGS
 from .layers import Spec, call_of, eager_layer, layer_of, masks_of, parameters_of, to_host
@@ -199,15 +199,6 @@ def run_layer(
         y.backward(setting.randn(*y.shape))
     found = {"y": y.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
     return found, torch.cuda.get_rng_state() if y.is_cuda else torch.get_rng_state()
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def check_keep_modes(setting: Setting, spec: Spec) -> None:

@@ -30,9 +30,10 @@ from fastllm.kernels.kept_weights import KeptForm, KeptWeights
 from fastllm.kernels.lora import Projection, ProjectionGroup, input_grad, prepare, project, project_group
 from fastllm.kernels.projections import fp8_obstacle
 
+from ..determinism import deterministic
 from .parity import OverLimit, Setting
 from .quantized import quantize
-from .test_decoder_layer import Spec, call_of, deterministic, layer_of, parameters_of
+from .test_decoder_layer import Spec, call_of, layer_of, parameters_of
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY,

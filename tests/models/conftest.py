@@ -5,7 +5,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastllm.kernels import decoder_glu
 from fastllm.models import memory
 
 CHATML = (
@@ -28,19 +27,6 @@ def make_tokenizer(**special):
     )
     tokenizer.chat_template = CHATML
     return tokenizer
-
-
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def long_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for batches of many rows run for the few of a test, too."""
-    monkeypatch.setattr(decoder_glu, "_LEAST_ROWS", 0)
 
 
 def make_checkpoint(folder, *, config_class=LlamaConfig, model_class=LlamaForCausalLM, tokenizer=None, **config):

@@ -15,6 +15,7 @@ from fastllm.models.host_offload import HostOffload
 from fastllm.models.memory import GIB, ActivationPlanner, LayerBytes, checkpointing_setting
 from fastllm.models.model_methods import PLANNER
 
+from ..determinism import deterministic
 from .families import FAMILIES, batch, build, fast_copy, step, with_lora
 
 pytestmark = pytest.mark.usefixtures("full_host")
@@ -138,13 +139,10 @@ def test_every_plan_gives_the_same_bits(family, device, monkeypatch):
     inputs = batch(FAMILIES[family], device=device)
     planner = getattr(fast.get_base_model(), PLANNER)
     results = []
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         for setting in (False, True, "offload", "fastllm"):
             planner.use(setting)
             results.append(step(fast, inputs))
-    finally:
-        torch.use_deterministic_algorithms(False)
     for other in results[1:]:
         assert other.loss == results[0].loss
         for name, grad in results[0].grads.items():
