@@ -94,7 +94,8 @@ def test_a_plan_beside_attention_halves_on_the_host_fits_too(monkeypatch, layer,
     kept, away = made.count(Keep.ALL), made.count(Keep.OFFLOADED_ATTENTION)
     held = tokens * ((kept - 1) * sizes.stash + (32 - away) * sizes.layer_input + (away > 0) * sizes.attention_half)
     floor = tokens * (sizes.layer_input + sizes.attention_half)
-    assert held + sizes.transient(tokens) <= max(free, floor + sizes.transient(tokens))
+    margin = 0.06 * free + GIB // 2
+    assert held + sizes.transient(tokens) <= max(free - margin, floor + sizes.transient(tokens))
     assert kept >= without.count(Keep.ALL) and (kept == 32 or away + kept == 32)
     small = plan(monkeypatch, layer, free, tokens=4096)
     assert Keep.OFFLOADED_ATTENTION not in small, "smaller batches are recorded"
