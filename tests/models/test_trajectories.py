@@ -62,7 +62,10 @@ def dtypes_here():
 
 
 @pytest.mark.parametrize("autocast", dtypes_here(), ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", pytest.param("mistral", marks=pytest.mark.slow), pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"],
+)
 def test_inside_twice_the_null_band(family, autocast, device):
     config = FAMILIES[family]
     plain = build(config, device=device, dtype=autocast or torch.float32)
