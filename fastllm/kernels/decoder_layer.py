@@ -4,8 +4,8 @@
 
 Where the family has them, o's and down's outputs pass a norm of their own before they are added (Gemma 2 and 3).
 
-What this buys over a graph of small nodes: the backward keeps only what it needs (norm outputs and act(gate) * up are
-recomputed from their inputs in one pass each, down's output only where a norm reads it), recomputation shares
+What this buys over a graph of small nodes: the backward keeps only what it needs (act(gate) * up is recomputed in one
+pass, norm outputs only for weights that are trained, down's output only where a norm reads it), recomputation shares
 dequantised weights with the backward that follows it, host time falls, and each layer has one knob, `Keep`, for the
 memory planner.
 
@@ -25,6 +25,7 @@ from .decoder_activations import Activations, Offload
 from .decoder_glu import down_input, down_input_backward
 from .dispatch import compute_dtype, no_autocast, rows_of
 from .fp8 import Fp8Matrix
+from .gradient_room import with_room
 from .layer_definition import NORMS, DecoderLayer, Keep, LayerCall, Norm
 from .lora import (
     PARAMETERS_PER_PROJECTION,
@@ -36,6 +37,7 @@ from .lora import (
     parameter_grads,
     project,
 )
+from .normed_input import normed_parameter_grads
 from .random_state import random_state, replayed
 from .rms_norm import rms_norm_backward, rms_norm_forward
 from .rope import rope_apply
@@ -297,11 +299,12 @@ def _backward(
     gate_up, state.gate_up = state.gate_up, None
     assert gate_up is not None
     prepared = weights.take("down", last=True)
-    extended = layer.down.output_buffer(dy, dtype)
-    dy_rows = extended[:, : layer.down.out_features]
     if layer.mlp_out_norm is None:
-        copy_rows(dy_rows, dy)
+        extended = with_room(layer.down, dy, dtype, call.gradient_room)
+        dy_rows = extended[:, : layer.down.out_features]
     else:
+        extended = layer.down.output_buffer(dy, dtype)
+        dy_rows = extended[:, : layer.down.out_features]
         norm_grads["mlp_out_norm"] = _normed_backward(
             dy, state.mlp_out, state.mlp_out_rstd, layer.mlp_out_norm, dy_rows, needs_norm["mlp_out_norm"]
         )
@@ -322,19 +325,16 @@ def _backward(
     del prepared, hidden, extended, dy_rows, dy_low_rank, gate_up
 
     norm = layer.post_norm
-    hidden, _, _ = rms_norm_forward(
-        state.middle, norm.weight, norm.eps, offset=norm.offset, out=_empty_rows(state.middle, dtype)
-    )
     prepared = weights.take("gate_up", last=True)
     dhidden, dy_low_rank = input_grad(
         prepared, dgate_up, state.gate_up_masks, extended=dgate_up_extended, dy_low_rank=products.dy_low_rank
     )
     assert dhidden is not None
-    gate_up_grads = parameter_grads(
-        prepared, dgate_up, dy_low_rank, hidden, state.gate_up_low_rank, state.gate_up_masks, needs_group[2],
-        known_db=products.db,
+    gate_up_grads = normed_parameter_grads(
+        prepared, norm, state.middle, state.middle_rstd, dgate_up, dy_low_rank, state.gate_up_low_rank,
+        state.gate_up_masks, needs_group[2], known_db=products.db,
     )  # fmt: skip
-    del prepared, dgate_up, dgate_up_extended, hidden, dy_low_rank, products
+    del prepared, dgate_up, dgate_up_extended, dy_low_rank, products
 
     state.bring_back()
     in_place = state.middle.dtype == dtype and layer.attention_out_norm is None
@@ -381,16 +381,19 @@ def _backward(
     dhidden, dy_low_rank = input_grad(
         prepared, dqkv, state.qkv_masks, extended=dqkv_extended, needs_dx=needs_dx or needs_norm["input_norm"]
     )
-    hidden, _, _ = rms_norm_forward(state.x, norm.weight, norm.eps, offset=norm.offset, out=_empty_rows(state.x, dtype))
-    qkv_grads = parameter_grads(
-        prepared, dqkv, dy_low_rank, hidden, state.qkv_low_rank, state.qkv_masks, needs_group[0]
-    )
+    qkv_grads = normed_parameter_grads(
+        prepared, norm, state.x, state.input_rstd, dqkv, dy_low_rank, state.qkv_low_rank, state.qkv_masks,
+        needs_group[0],
+    )  # fmt: skip
     dx = None
     if dhidden is not None:
+        extended = layer.down.output_buffer(dy, state.x.dtype)  # as the layer before is most likely to want it
         dx, norm_grads["input_norm"] = rms_norm_backward(
             dhidden, state.x, norm.weight, state.input_rstd, norm.eps, offset=norm.offset, residual_grad=dmiddle,
-            needs_weight_grad=needs_norm["input_norm"],
+            out=extended[:, : layer.down.out_features], needs_weight_grad=needs_norm["input_norm"],
         )  # fmt: skip
+        if needs_dx and call.gradient_room is not None:
+            call.gradient_room.leave(extended)
     typed = []
     for name, norm in layer.norms().items():
         grad = norm_grads[name]

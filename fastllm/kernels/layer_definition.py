@@ -12,6 +12,7 @@ import torch
 from .attention import AttentionCase, attention_reference, choose_backend
 from .decoder_activations import Offload
 from .glu import glu_reference
+from .gradient_room import GradientRoom
 from .kept_weights import KeptWeights
 from .lora import ProjectionGroup, project_reference
 from .rms_norm import rms_norm_reference
@@ -106,7 +107,8 @@ class LayerCall:
     backend, what to keep, and `offload`, which takes to host memory what is kept there.
 
     `kept_weights` is where dequantised weights stay until the next call; None frees them after use, which
-    `frees_weights` makes a recomputation do, too, before the backward needs them again.
+    `frees_weights` makes a recomputation do, too, before the backward needs them again. `gradient_room` is where the
+    layers of a model find each other's gradients.
     """
 
     cos: torch.Tensor
@@ -117,6 +119,7 @@ class LayerCall:
     choose_backend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionCase], str] = choose_backend
     kept_weights: KeptWeights | None = None
     frees_weights: bool = False
+    gradient_room: GradientRoom | None = None
 
     def __post_init__(self) -> None:
         if self.keep.is_offloaded and self.offload is None:

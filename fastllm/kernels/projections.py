@@ -108,7 +108,11 @@ class ProjectionGroup:
 
     def output_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, N + E]` whose left part takes the output, or its gradient; its contents are undefined."""
-        return _finite_buffer(like.shape[0], self.out_features + self._spare_columns, dtype, like.device)
+        return _finite_buffer(like.shape[0], self.output_buffer_width, dtype, like.device)
+
+    @property
+    def output_buffer_width(self) -> int:
+        return self.out_features + self._spare_columns
 
     @property
     def _spare_columns(self) -> int:

@@ -160,8 +160,9 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
         keep = planner.keep(index, hidden_states, layer)
         kept_weights = planner.kept_weights(index, hidden_states)
         call = LayerCall(
-            cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights, planner.frees_weights
-        )
+            cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights, planner.frees_weights,
+            planner.gradient_room,
+        )  # fmt: skip
         recorded = None
         if not keep.is_offloaded and not draws_masks(layer) and not has_foreign_hooks(self):
             dtype = compute_dtype(hidden_states, layer.qkv.dtype)

@@ -16,6 +16,7 @@ from .._device import free_bytes, free_host_bytes, host_link_rate, product_rate
 from .._errors import ArgumentError
 from .._notices import notice
 from ..kernels.attention import AttentionCase, choose_backend
+from ..kernels.gradient_room import GradientRoom
 from ..kernels.kept_weights import KeptWeights
 from ..kernels.layer_definition import DecoderLayer, Keep
 from ..kernels.vision_block import VisionBlock
@@ -82,6 +83,7 @@ class ActivationPlanner:
         self._weights = WeightKeeper(num_layers)
         self.recordings = Recordings()
         self._told = ""
+        self.gradient_room = GradientRoom()
         self._offload = HostOffload()
         self._last_index = num_layers
         self._shape: tuple = ()

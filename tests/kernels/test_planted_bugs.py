@@ -378,11 +378,6 @@ LAYER = {
     "stale_gradient_of_v": Bug(
         "    dv_rows.copy_(dv)\n", "", layer("llama_nf4", on="triton")
     ),
-    "offset_missing_in_the_recomputed_norm": Bug(
-        "rms_norm_forward(state.x, norm.weight, norm.eps, offset=norm.offset, out=",
-        "rms_norm_forward(state.x, norm.weight, norm.eps, out=",
-        layer("gemma"),
-    ),
     "wrong_norm_in_the_backward": Bug(
         "    norm = layer.input_norm\n    prepared = weights.take(", "    prepared = weights.take(",
         layer("llama_dense"),
@@ -450,6 +445,21 @@ BLOCK = {
     ),
 }  # fmt: skip
 
+NORMED_INPUT = {
+    "rows_not_scaled": Bug(
+        "torch.mul(dy_low_rank, rstd[:, None], out=scaled)", "scaled.copy_(dy_low_rank)", layer("llama_dense")
+    ),
+    "columns_not_scaled": Bug(
+        "product.mul_(norm.weight.detach().to(product.dtype) + norm.offset)", "product", layer("llama_dense")
+    ),
+    "offset_missing": Bug("product.dtype) + norm.offset)", "product.dtype))", layer("gemma")),
+    "offset_missing_in_the_recomputed_norm": Bug(
+        "norm.eps, offset=norm.offset, out=hidden)", "norm.eps, out=hidden)", layer("gemma", weights="trained")
+    ),
+    "weights_take_the_input_of_the_norm": Bug("is_read = needs_weight or (", "is_read = (", layer("full_finetuning")),
+    "dropout_forgotten": Bug("(prepared.group.has_dropout or not has_range)", "not has_range", layer("dropout")),
+}  # fmt: skip
+
 HOST = {
     "heads_and_tokens_exchanged": Bug(
         "view(batch, length, heads, head_dim).transpose(1, 2)", "view(batch, heads, length, head_dim)",
@@ -460,7 +470,7 @@ HOST = {
 BUGS = {
     "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "nf4": NF4,
     "lora": LORA, "linear_cross_entropy": LOSS, "attention": ATTENTION, "decoder_layer": LAYER,
-    "decoder_activations": HOST, "vision_block": BLOCK,
+    "normed_input": NORMED_INPUT, "decoder_activations": HOST, "vision_block": BLOCK,
 }  # fmt: skip
 
 
