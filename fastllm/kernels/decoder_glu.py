@@ -1,5 +1,5 @@
 """What a decoder layer's MLP computes between its two products, h = act(gate) * up, by the kernel that suits both:
-plain, with LoRA's term where the products lack it, and backward with all that LoRA makes of it.
+plain, with LoRA's term where the products lack it, and forward and backward with what LoRA makes of it.
 
 Shapes: gate and up side by side [T, 2F]; h, down's input, [T, F].  Dtypes: the compute dtype.
 """
@@ -9,20 +9,33 @@ import torch
 from .decoder_activations import Activations
 from .glu import glu_backward, glu_forward
 from .glu_lora_backward import LoraProducts, glu_backward_between, serves_groups
+from .glu_lora_forward import glu_lora_forward, serves_rank
 from .layer_definition import DecoderLayer
 from .low_rank_glu import LowRankTerm, input_term, low_rank_glu_backward, low_rank_glu_forward, output_term
 
-# Rows from which the kernel that makes LoRA's products as well is the faster one on a GPU.
+# Rows from which the kernels that make LoRA's products as well are the faster ones on a GPU.
 _LEAST_ROWS = 4096
 
 
-def down_input(layer: DecoderLayer, state: Activations, *, out: torch.Tensor) -> None:
-    """Write h `[T, F]` of `state.gate_up` to `out`."""
+def down_input(
+    layer: DecoderLayer, state: Activations, down_a: torch.Tensor | None, *, extended: torch.Tensor
+) -> torch.Tensor | None:
+    """Write h `[T, F]` of `state.gate_up` to the left part of `extended`, the buffer of `down.input_buffer`. Returns
+    h A^T `[T, E]`, its right part, where that was made with it. `down_a [E, F]` is the A of down, if it has one."""
+    down = layer.down
     gate, up = layer.split_gate_up(state.gate_up)
+    out = extended[:, : down.in_features]
+    rank = down.projections[0].rank
+    is_plain = not (layer.gate_up.has_separate_term or down.is_fp8 or down.has_dropout)
+    if down_a is not None and is_plain and _is_long(out) and serves_rank(rank, out):
+        low_rank = extended[:, down.in_features :]
+        glu_lora_forward(gate, up, layer.activation, down_a, rank, out=out, low_rank=low_rank)
+        return low_rank
     if layer.gate_up.has_separate_term:
         low_rank_glu_forward(gate, up, layer.activation, *_terms_of_gate_and_up(layer, state), out=out)
     else:
         glu_forward(gate, up, layer.activation, out=out)
+    return None
 
 
 def down_input_backward(
@@ -41,13 +54,10 @@ def down_input_backward(
     `down_a [E, F]` and `dy_low_rank [T, E]` are the A and the dY B of down, None without adapter.
     """
     needs_weight, _, _, needs_b = needs_down
-    is_long = hidden.shape[0] >= _LEAST_ROWS or not hidden.is_cuda
-    if is_long and not needs_weight and serves_groups(layer.gate_up, layer.down, hidden):
-        # Sums in another order than the forward's: where bits matter, every way to keep activations makes them here.
-        is_unknown = state.down_low_rank is None or torch.are_deterministic_algorithms_enabled()
+    if _is_long(hidden) and not needs_weight and serves_groups(layer.gate_up, layer.down, hidden):
         return glu_backward_between(
             layer.gate_up, layer.down, hidden, gate_up, dgate_up, layer.activation, low_rank=state.gate_up_low_rank,
-            down_dy_low_rank=dy_low_rank, down_a=down_a, needs_down_low_rank=needs_b and is_unknown,
+            down_dy_low_rank=dy_low_rank, down_a=down_a, needs_down_low_rank=needs_b and state.down_low_rank is None,
         )  # fmt: skip
     values, grads = layer.split_gate_up(gate_up), layer.split_gate_up(dgate_up)
     if layer.gate_up.has_separate_term or layer.down.has_separate_term:
@@ -56,6 +66,10 @@ def down_input_backward(
     else:
         glu_backward(hidden, *values, layer.activation, *grads, h_out=hidden)
     return LoraProducts()
+
+
+def _is_long(rows: torch.Tensor) -> bool:
+    return rows.shape[0] >= _LEAST_ROWS or not rows.is_cuda
 
 
 def _terms_of_gate_and_up(layer: DecoderLayer, state: Activations) -> tuple[LowRankTerm | None, LowRankTerm | None]:

@@ -267,9 +267,9 @@ def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: Activations
     assert state.gate_up is not None
     prepared = weights.take("down")
     extended = layer.down.input_buffer(state.gate_up, state.gate_up.dtype)
+    known = down_input(layer, state, prepared.a, extended=extended)
     hidden = extended[:, : layer.down.in_features]
-    down_input(layer, state, out=hidden)
-    out, low_rank, masks = project(prepared, hidden, extended=extended)
+    out, low_rank, masks = project(prepared, hidden, extended=extended, low_rank=known)
     if keep or state.is_away:
         state.down_low_rank, state.down_masks = _detached_copy(low_rank, True), masks
     if layer.mlp_out_norm is None:
@@ -298,6 +298,8 @@ def _backward(
 
     gate_up, state.gate_up = state.gate_up, None
     assert gate_up is not None
+    if torch.are_deterministic_algorithms_enabled():
+        state.down_low_rank = None  # a backward that makes it again sums in another order: where bits matter, all do
     prepared = weights.take("down", last=True)
     if layer.mlp_out_norm is None:
         extended = with_room(layer.down, dy, dtype, call.gradient_room)

@@ -10,8 +10,9 @@ written and not read again, and h, which nothing else wants, is not even written
 The same L R^T is what LoRA adds to gate, up and dh. Where an FP8 product left it out (low_rank_glu.py), it is made here
 from the tiles of L and R that are there anyway, and added before anything is made of the sum, which is not rounded.
 
-A program owns a strip of columns and walks down its share of the rows. It holds its part of each X^T L; its part of X R
-is one of as many as there are strips, which are added up afterwards, in a fixed order: the same bits on every run.
+Strips of columns are cut into tiles, of which each program takes as many: it walks down a strip, or out of one into the
+next. It holds its part of each X^T L of a strip; its part of X R is one of as many as there are strips. Such parts are
+added up afterwards, in a fixed order: the same bits on every run.
 
 Shapes: dh, gate, up, dgate, dup [T, F]; R [F, r], L [T, r] with r at most `MAX_RANK`.
 Dtypes: dh, gate, up and L in one of fp16, bf16, fp32, to which X and R are rounded before they are multiplied; sums are
@@ -56,23 +57,26 @@ class Narrow(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """The tile that a program computes at a time, and how it is compiled; about as many `programs` share the work."""
+    """The tile that a program computes at a time, how it is compiled, and how many `programs` there are for each
+    multiprocessor of the GPU: as many as run at once, or fewer where the memory does not keep up with those."""
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
-    programs: int
+    programs: float
     max_registers: int | None = None  # of a thread: fewer let more programs run at a time
 
 
 # By bytes of an element. They spill no register and fit the shared memory of every GPU that the README names.
-_TILINGS = {2: Tiling(32, 128, 8, 2, 800, 255), 4: Tiling(16, 32, 8, 1, 528, 255)}
-_TILINGS_AMD = {2: Tiling(16, 64, 4, 1, 528), 4: Tiling(16, 32, 4, 1, 528)}
-# Takes 170 of the 227 KiB of shared memory that Hopper has, and all registers where h A^T is not wanted.
-_TILING_HOPPER = Tiling(64, 128, 8, 3, 132)
-# With products to add, whether h A^T is wanted or not: taller tiles spill.
-_TILING_HOPPER_TERMS = Tiling(32, 128, 8, 2, 800)
+_TILINGS = {2: Tiling(32, 128, 8, 2, 1.0, 255), 4: Tiling(16, 32, 8, 1, 4.0, 255)}
+_TILINGS_AMD = {2: Tiling(16, 64, 4, 1, 2.0), 4: Tiling(16, 32, 4, 1, 2.0)}
+# Takes 170 to 190 of the 227 KiB of shared memory that Hopper has, and all registers.
+_TILING_HOPPER = Tiling(64, 128, 8, 3, 0.85)
+# With products to add. It spills up to 24 bytes a thread; the fastest that spills nothing takes an eighth longer.
+_TILING_HOPPER_TERMS = Tiling(32, 128, 4, 2, 2.0)
+# Few, so that a program of the interpreter passes from strip to strip.
+_INTERPRETED_PROGRAMS = 7
 
 
 class LoraProducts(NamedTuple):
@@ -165,11 +169,12 @@ def glu_lora_backward(
     ranks = [0 if part is None else part.left.shape[1] for part in narrow]
     out_ranks = [0 if part is None or part.out is None else part.left.shape[1] for part in narrow]
     has_terms = any(part is not None and part.is_left_out for part in narrow)
-    tiling = _tiling(gate, has_h_out=out_ranks[2] > 0, has_terms=has_terms)
+    tiling = _tiling(gate, has_terms=has_terms)
+    programs = _programs(tiling, gate.device)
     strips = -(-width // tiling.columns)
     chunk = max(_SCRATCH_BYTES // (4 * strips * max(sum(out_ranks), 1)) // tiling.rows, 1) * tiling.rows
-    splits = max(min(tiling.programs // strips, -(-min(rows, chunk) // tiling.rows)), 1)
     strip_sums = torch.empty(strips * min(chunk, rows) * sum(out_ranks), dtype=torch.float32, device=gate.device)
+    splits = programs // strips + 2  # the most programs that have tiles of one strip
     split_sums = torch.zeros(splits, width, sum(ranks), dtype=torch.float32, device=gate.device)
     for start in range(0, rows, chunk):
         taken = slice(start, min(start + chunk, rows))
@@ -178,7 +183,7 @@ def glu_lora_backward(
             strips, taken.stop - start, sum(out_ranks)
         )
         wide = [t[taken] for t in (dh, gate, up, dgate, dup)]
-        _launch(wide, activation, parts, sums, split_sums, tiling)
+        _launch(wide, activation, parts, sums, split_sums, tiling, programs)
         if sum(out_ranks):
             for part, value in zip(parts, sums.sum(0).split(out_ranks, dim=1), strict=True):
                 if part is not None and part.out is not None:
@@ -187,12 +192,18 @@ def glu_lora_backward(
     return [None if part is None else value for part, value in zip(narrow, found, strict=True)]
 
 
-def _tiling(x: torch.Tensor, *, has_h_out: bool, has_terms: bool) -> Tiling:
+def _tiling(x: torch.Tensor, *, has_terms: bool) -> Tiling:
     if torch.version.hip is not None:
         return _TILINGS_AMD[x.dtype.itemsize]
-    if _is_hopper(x) and x.dtype.itemsize == 2 and (has_terms or not has_h_out):
+    if _is_hopper(x) and x.dtype.itemsize == 2:
         return _TILING_HOPPER_TERMS if has_terms else _TILING_HOPPER
     return _TILINGS[x.dtype.itemsize]
+
+
+def _programs(tiling: Tiling, device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return max(int(tiling.programs * torch.cuda.get_device_properties(device).multi_processor_count), 1)
 
 
 def _is_hopper(x: torch.Tensor) -> bool:
@@ -231,6 +242,7 @@ def _launch(
     strip_sums: torch.Tensor,
     split_sums: torch.Tensor,
     tiling: Tiling,
+    programs: int,
 ) -> None:
     """Writes dgate, dup and each strip's part of X R, and adds to each split's part of X^T L."""
     rows, width = wide[0].shape
@@ -244,12 +256,12 @@ def _launch(
         flags |= {f"HAS_{name}": part is not None, f"HAS_{name}_OUT": out is not None, f"{name}_LACKS": is_left_out}
         first, widest = first + rank, max(rank, widest)
         out_first += rank * flags[f"HAS_{name}_OUT"]
-    splits = split_sums.shape[0]
-    rows_of_split = triton.cdiv(triton.cdiv(rows, splits), tiling.rows) * tiling.rows
+    strips, tiles = strip_sums.shape[0], triton.cdiv(rows, tiling.rows)
+    share = triton.cdiv(strips * tiles, programs)
     limit = {} if tiling.max_registers is None else {"maxnreg": tiling.max_registers}
     with launch_on(wide[0]):
-        _glu_lora_bwd_kernel[(strip_sums.shape[0], splits)](
-            *wide, *arguments, strip_sums, split_sums, rows, width, rows_of_split, first, out_first,
+        _glu_lora_bwd_kernel[(triton.cdiv(strips * tiles, share),)](
+            *wide, *arguments, strip_sums, split_sums, rows, width, strips * tiles, tiles, share, first, out_first,
             *(t.stride(0) for t in wide), ACTIVATION=activation, **flags,
             PRECISION=dot_precision(wide[0].dtype), ROWS=tiling.rows, COLUMNS=tiling.columns,
             RANK=max(next_power_of_2(widest), 16),
@@ -286,75 +298,78 @@ def _glu_lora_bwd_kernel(
     gate_left, gate_right, gate_rank, gate_first, gate_out_first, gl_row, gl_rank, gr_row, gr_rank,
     up_left, up_right, up_rank, up_first, up_out_first, ul_row, ul_rank, ur_row, ur_rank,
     h_left, h_right, h_rank, h_first, h_out_first, hl_row, hl_rank, hr_row, hr_rank,
-    strip_sums, split_sums, num_rows, width, rows_of_split, all_ranks, all_out_ranks,
+    strip_sums, split_sums, num_rows, width, all_tiles, tiles_of_strip, share, all_ranks, all_out_ranks,
     dh_stride, gate_stride, up_stride, dgate_stride, dup_stride,
     ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GATE_OUT: tl.constexpr, HAS_UP: tl.constexpr,
     HAS_UP_OUT: tl.constexpr, HAS_H: tl.constexpr, HAS_H_OUT: tl.constexpr, GATE_LACKS: tl.constexpr,
     UP_LACKS: tl.constexpr, H_LACKS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    strip, split = tl.program_id(0), tl.program_id(1)
-    cols = strip * COLUMNS + tl.arange(0, COLUMNS)
+    program = tl.program_id(0)
+    first_tile = program * share
+    last_tile = min(first_tile + share, all_tiles)
     ranks = tl.arange(0, RANK)
-    strip_sums += strip * num_rows * all_out_ranks
-    split_sums += split * width * all_ranks
     dtype = dgate_ptr.dtype.element_ty
-    gate_sum = _narrow_tile(split_sums + gate_first, cols, width, ranks, gate_rank, all_ranks, 1)
-    up_sum = _narrow_tile(split_sums + up_first, cols, width, ranks, up_rank, all_ranks, 1)
-    h_sum = _narrow_tile(split_sums + h_first, cols, width, ranks, h_rank, all_ranks, 1)
-    gate_r = _narrow_tile(gate_right, cols, width, ranks, gate_rank, gr_row, gr_rank).to(dtype)
-    up_r = _narrow_tile(up_right, cols, width, ranks, up_rank, ur_row, ur_rank).to(dtype)
-    h_r = _narrow_tile(h_right, cols, width, ranks, h_rank, hr_row, hr_rank).to(dtype)
-    end = min((split + 1) * rows_of_split, num_rows)
-    for start in range(split * rows_of_split, end, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        live = (rows < end)[:, None] & (cols < width)[None, :]
-        wide_rows = rows.to(tl.int64)[:, None]
-        gate_l, up_l, h_l = None, None, None  # each is loaded where it is wanted first
-        gate = tl.load(gate_ptr + wide_rows * gate_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-        if GATE_LACKS:
-            gate_l = _narrow_tile(gate_left, rows, end, ranks, gate_rank, gl_row, gl_rank)
-            gate = _with_term(gate, gate_l, gate_r, PRECISION)
-        up = tl.load(up_ptr + wide_rows * up_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-        if UP_LACKS:
-            up_l = _narrow_tile(up_left, rows, end, ranks, up_rank, ul_row, ul_rank)
-            up = _with_term(up, up_l, up_r, PRECISION)
-        dh = tl.load(dh_ptr + wide_rows * dh_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-        if H_LACKS:
-            h_l = _narrow_tile(h_left, rows, end, ranks, h_rank, hl_row, hl_rank)
-            dh = _with_term(dh, h_l, h_r, PRECISION)
-        acted, slope = activate(gate, ACTIVATION)
-        # Zeros where the loads gave zeros: without a mask Triton computes each anew in the layout of each product.
-        dgate = tl.where(live, dh * up * slope, 0.0).to(dtype)
-        dup = tl.where(live, dh * acted, 0.0).to(dtype)
-        h = tl.where(live, acted * up, 0.0).to(dtype)
-        # An output that overlays an input has its layout among threads, so each has read what it writes here.
-        tl.store(dgate_ptr + wide_rows * dgate_stride + cols[None, :], dgate, mask=live)
-        tl.store(dup_ptr + wide_rows * dup_stride + cols[None, :], dup, mask=live)
+    for strip in range(first_tile // tiles_of_strip, tl.cdiv(last_tile, tiles_of_strip)):
+        above = strip * tiles_of_strip
+        cols = strip * COLUMNS + tl.arange(0, COLUMNS)
+        strip_part = strip_sums + strip * num_rows * all_out_ranks
+        split_part = split_sums + (program - above // share) * width * all_ranks
+        gate_sum = _narrow_tile(split_part + gate_first, cols, width, ranks, gate_rank, all_ranks, 1)
+        up_sum = _narrow_tile(split_part + up_first, cols, width, ranks, up_rank, all_ranks, 1)
+        h_sum = _narrow_tile(split_part + h_first, cols, width, ranks, h_rank, all_ranks, 1)
+        gate_r = _narrow_tile(gate_right, cols, width, ranks, gate_rank, gr_row, gr_rank).to(dtype)
+        up_r = _narrow_tile(up_right, cols, width, ranks, up_rank, ur_row, ur_rank).to(dtype)
+        h_r = _narrow_tile(h_right, cols, width, ranks, h_rank, hr_row, hr_rank).to(dtype)
+        for tile in range(max(first_tile - above, 0), min(last_tile - above, tiles_of_strip)):
+            rows = tile * ROWS + tl.arange(0, ROWS)
+            live = (rows < num_rows)[:, None] & (cols < width)[None, :]
+            wide_rows = rows.to(tl.int64)[:, None]
+            gate_l, up_l, h_l = None, None, None  # each is loaded where it is wanted first
+            gate = tl.load(gate_ptr + wide_rows * gate_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            if GATE_LACKS:
+                gate_l = _narrow_tile(gate_left, rows, num_rows, ranks, gate_rank, gl_row, gl_rank)
+                gate = _with_term(gate, gate_l, gate_r, PRECISION)
+            up = tl.load(up_ptr + wide_rows * up_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            if UP_LACKS:
+                up_l = _narrow_tile(up_left, rows, num_rows, ranks, up_rank, ul_row, ul_rank)
+                up = _with_term(up, up_l, up_r, PRECISION)
+            dh = tl.load(dh_ptr + wide_rows * dh_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            if H_LACKS:
+                h_l = _narrow_tile(h_left, rows, num_rows, ranks, h_rank, hl_row, hl_rank)
+                dh = _with_term(dh, h_l, h_r, PRECISION)
+            acted, slope = activate(gate, ACTIVATION)
+            # Zeros where the loads gave zeros: without a mask Triton computes each anew in the layout of each product.
+            dgate = tl.where(live, dh * up * slope, 0.0).to(dtype)
+            dup = tl.where(live, dh * acted, 0.0).to(dtype)
+            h = tl.where(live, acted * up, 0.0).to(dtype)
+            # An output that overlays an input has its layout among threads, so each has read what it writes here.
+            tl.store(dgate_ptr + wide_rows * dgate_stride + cols[None, :], dgate, mask=live)
+            tl.store(dup_ptr + wide_rows * dup_stride + cols[None, :], dup, mask=live)
+            if HAS_GATE:
+                if not GATE_LACKS:
+                    gate_l = _narrow_tile(gate_left, rows, num_rows, ranks, gate_rank, gl_row, gl_rank)
+                gate_sum = tl.dot(tl.trans(dgate), gate_l, gate_sum, input_precision=PRECISION)
+            if HAS_GATE_OUT:
+                value = tl.dot(dgate, gate_r, input_precision=PRECISION)
+                _store_narrow(strip_part + gate_out_first, rows, num_rows, ranks, gate_rank, all_out_ranks, value)
+            if HAS_UP:
+                if not UP_LACKS:
+                    up_l = _narrow_tile(up_left, rows, num_rows, ranks, up_rank, ul_row, ul_rank)
+                up_sum = tl.dot(tl.trans(dup), up_l, up_sum, input_precision=PRECISION)
+            if HAS_UP_OUT:
+                value = tl.dot(dup, up_r, input_precision=PRECISION)
+                _store_narrow(strip_part + up_out_first, rows, num_rows, ranks, up_rank, all_out_ranks, value)
+            if HAS_H:
+                if not H_LACKS:
+                    h_l = _narrow_tile(h_left, rows, num_rows, ranks, h_rank, hl_row, hl_rank)
+                h_sum = tl.dot(tl.trans(h), h_l, h_sum, input_precision=PRECISION)
+            if HAS_H_OUT:
+                value = tl.dot(h, h_r, input_precision=PRECISION)
+                _store_narrow(strip_part + h_out_first, rows, num_rows, ranks, h_rank, all_out_ranks, value)
         if HAS_GATE:
-            if not GATE_LACKS:
-                gate_l = _narrow_tile(gate_left, rows, end, ranks, gate_rank, gl_row, gl_rank)
-            gate_sum = tl.dot(tl.trans(dgate), gate_l, gate_sum, input_precision=PRECISION)
-        if HAS_GATE_OUT:
-            value = tl.dot(dgate, gate_r, input_precision=PRECISION)
-            _store_narrow(strip_sums + gate_out_first, rows, end, ranks, gate_rank, all_out_ranks, value)
+            _store_narrow(split_part + gate_first, cols, width, ranks, gate_rank, all_ranks, gate_sum)
         if HAS_UP:
-            if not UP_LACKS:
-                up_l = _narrow_tile(up_left, rows, end, ranks, up_rank, ul_row, ul_rank)
-            up_sum = tl.dot(tl.trans(dup), up_l, up_sum, input_precision=PRECISION)
-        if HAS_UP_OUT:
-            value = tl.dot(dup, up_r, input_precision=PRECISION)
-            _store_narrow(strip_sums + up_out_first, rows, end, ranks, up_rank, all_out_ranks, value)
+            _store_narrow(split_part + up_first, cols, width, ranks, up_rank, all_ranks, up_sum)
         if HAS_H:
-            if not H_LACKS:
-                h_l = _narrow_tile(h_left, rows, end, ranks, h_rank, hl_row, hl_rank)
-            h_sum = tl.dot(tl.trans(h), h_l, h_sum, input_precision=PRECISION)
-        if HAS_H_OUT:
-            value = tl.dot(h, h_r, input_precision=PRECISION)
-            _store_narrow(strip_sums + h_out_first, rows, end, ranks, h_rank, all_out_ranks, value)
-    if HAS_GATE:
-        _store_narrow(split_sums + gate_first, cols, width, ranks, gate_rank, all_ranks, gate_sum)
-    if HAS_UP:
-        _store_narrow(split_sums + up_first, cols, width, ranks, up_rank, all_ranks, up_sum)
-    if HAS_H:
-        _store_narrow(split_sums + h_first, cols, width, ranks, h_rank, all_ranks, h_sum)
+            _store_narrow(split_part + h_first, cols, width, ranks, h_rank, all_ranks, h_sum)

@@ -31,6 +31,7 @@ from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
 from fastllm.kernels.fp8 import Fp8Matrix, quantize_rows, transposed_values
 from fastllm.kernels.glu import glu, glu_backward
+from fastllm.kernels.glu_lora_forward import glu_lora_forward
 from fastllm.kernels.host_rows import read_rows
 from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
@@ -47,7 +48,9 @@ TARGETS = {
 }
 ROWS = 3
 # Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
-NEED_TENSOR_CORES = {f"fastllm.kernels.{name}" for name in ("flash_attention", "glu_lora_backward", "low_rank_glu")}
+NEED_TENSOR_CORES = {
+    f"fastllm.kernels.{name}" for name in ("flash_attention", "glu_lora_backward", "glu_lora_forward", "low_rank_glu")
+}
 
 
 class TargetDriver:
@@ -137,6 +140,9 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
             outputs, inputs = [LowRankTerm(left, b.t())] * 2, LowRankTerm(left, a, 2.0)
             low_rank_glu_forward(gate, up, name, *outputs, out=h)
             low_rank_glu_backward(h, gate, up, name, inputs, *outputs, gate, up, h_out=h)
+    for rank in (16, 64):
+        h, low_rank = torch.randn(ROWS, 14336, dtype=dtype), torch.randn(ROWS, 64, dtype=dtype)
+        glu_lora_forward(h, h, "gelu", torch.randn(64, 14336, dtype=dtype), rank, out=h, low_rank=low_rank)
     rank = glu_lora.MAX_RANK
     h, gate, up = (torch.randn(ROWS, 14336, dtype=dtype) for _ in range(3))
     left, b, a = (torch.randn(*shape, dtype=dtype) for shape in ((ROWS, rank), (14336, rank), (rank, 14336)))

@@ -118,18 +118,18 @@ def test_left_out_beside_no_adapter(setting):
     check_products(setting, 33, 100, ranks=(None, 16, None), left_out=(False, True, False))
 
 
-def check_many_programs(setting: Setting, **options) -> None:
-    """Rows in several launches and shares, columns in several strips."""
+def check_many_programs(setting: Setting, programs: int = 2, **options) -> None:
+    """Rows in several launches and shares, columns in several strips; programs that pass from one to the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SCRATCH_BYTES", 43008)
-        tiling = module._TILINGS[2]._replace(programs=30)
-        patch.setattr(module, "_tiling", lambda x, **_: tiling)
+        patch.setattr(module, "_tiling", lambda x, **_: module._TILINGS[2])
+        patch.setattr(module, "_programs", lambda *_: programs)
         check_products(setting, 150, 300, **options)
 
 
-@pytest.mark.parametrize("is_left_out", [False, True])
-def test_many_programs(setting, is_left_out):
-    check_many_programs(setting, left_out=(is_left_out,) * 3)
+@pytest.mark.parametrize(("is_left_out", "programs"), [(False, 1), (False, 2), (True, 2), (False, 7)])
+def test_many_programs(setting, is_left_out, programs):
+    check_many_programs(setting, programs, left_out=(is_left_out,) * 3)
 
 
 def test_no_rows(setting):

@@ -210,24 +210,8 @@ NF4 = {
 }  # fmt: skip
 
 LORA = {
-    "scaling_missing": Bug(
-        "mask=live & in0, other=0.0).to(tl.float32) * s0", "mask=live & in0, other=0.0).to(tl.float32)",
-        checks(check_group, GROUPS["one"]),
-    ),
-    "scaling_missing_in_the_reference": Bug(
-        "projection.lora_a.detach() * projection.scaling", "projection.lora_a.detach()",
-        checks(check_group, GROUPS["one"], on="reference"),
-    ),
     "scaling_missing_in_the_gradient_of_a": Bug(
         "da = (da * projection.scaling)", "da = da", checks(check_group, RANK_STABILIZED)
-    ),
-    "b_transposed": Bug(
-        "b0 + (i - row0) * r0 + (j - rank0)", "b0 + (i - row0) + (j - rank0) * n",
-        checks(check_group, GROUPS["one"]),
-    ),
-    "last_rank_dropped": Bug(
-        "in0, in1, in2 = row < rank0 + r0,", "in0, in1, in2 = row < rank0 + r0 - 1,",
-        checks(check_group, GROUPS["gate_up"], weights="nf4"),
     ),
     "bias_missing": Bug(
         "prepared.joined[: group.out_features], prepared.bias, y", "prepared.joined[: group.out_features], None, y",
@@ -235,9 +219,6 @@ LORA = {
     ),
     "bias_of_the_wrong_projection": Bug(
         ".to(dtype) for part in parts]", ".to(dtype) for part in parts[::-1]]", checks(check_group, GROUPS["one_bias"])
-    ),
-    "stale_buffer": Bug(
-        "        b.zero_()\n", "", checks(check_group, GROUPS["gate_up"], on="reference")
     ),
     "input_gradient_without_adapters": Bug(
         "return extended @ prepared.joined[:, : group.in_features], dy_low_rank",
@@ -445,6 +426,28 @@ BLOCK = {
     ),
 }  # fmt: skip
 
+LOW_RANK_FILL = {
+    "scaling_missing": Bug(
+        "mask=live & in0, other=0.0).to(tl.float32) * s0", "mask=live & in0, other=0.0).to(tl.float32)",
+        checks(check_group, GROUPS["one"]),
+    ),
+    "scaling_missing_in_the_reference": Bug(
+        "projection.lora_a.detach() * projection.scaling", "projection.lora_a.detach()",
+        checks(check_group, GROUPS["one"], on="reference"),
+    ),
+    "b_transposed": Bug(
+        "b0 + (i - row0) * r0 + (j - rank0)", "b0 + (i - row0) + (j - rank0) * n",
+        checks(check_group, GROUPS["one"]),
+    ),
+    "last_rank_dropped": Bug(
+        "in0, in1, in2 = row < rank0 + r0,", "in0, in1, in2 = row < rank0 + r0 - 1,",
+        checks(check_group, GROUPS["gate_up"], weights="nf4"),
+    ),
+    "stale_buffer": Bug(
+        "        b.zero_()\n", "", checks(check_group, GROUPS["gate_up"], on="reference")
+    ),
+}  # fmt: skip
+
 NORMED_INPUT = {
     "rows_not_scaled": Bug(
         "torch.mul(dy_low_rank, rstd[:, None], out=scaled)", "scaled.copy_(dy_low_rank)", layer("llama_dense")
@@ -469,8 +472,8 @@ HOST = {
 
 BUGS = {
     "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "nf4": NF4,
-    "lora": LORA, "linear_cross_entropy": LOSS, "attention": ATTENTION, "decoder_layer": LAYER,
-    "normed_input": NORMED_INPUT, "decoder_activations": HOST, "vision_block": BLOCK,
+    "lora": LORA, "low_rank_fill": LOW_RANK_FILL, "linear_cross_entropy": LOSS, "attention": ATTENTION,
+    "decoder_layer": LAYER, "normed_input": NORMED_INPUT, "decoder_activations": HOST, "vision_block": BLOCK,
 }  # fmt: skip
 
 

@@ -2,10 +2,13 @@
 
 import pytest
 
+from fastllm.kernels.layer_definition import Keep
+
 from ..planting import Bug
 from .test_fp8 import check_fused_terms
 from .test_glu import check_glu, check_overlay
 from .test_glu_lora_backward import check_many_programs, check_products
+from .test_glu_lora_forward import check_forward
 from .test_planted_bugs import check_noticed, checks, layer, pytestmark  # noqa: F401
 
 GLU = {
@@ -22,11 +25,16 @@ GLU_LORA = {
     "last_strip_only": Bug("sums.sum(0).split(out_ranks", "sums[-1].split(out_ranks", checks(check_many_programs)),
     "last_share_only": Bug("split_sums.sum(0)", "split_sums[-1]", checks(check_many_programs)),
     "last_launch_only": Bug(
-        "h_sum = _narrow_tile(split_sums + h_first,", "h_sum = 0.0 * _narrow_tile(split_sums + h_first,",
+        "h_sum = _narrow_tile(split_part + h_first,", "h_sum = 0.0 * _narrow_tile(split_part + h_first,",
         checks(check_many_programs),
     ),
-    "rows_of_every_later_share": Bug("end = min((split + 1) * rows_of_split, num_rows)", "end = num_rows",
-                                     checks(check_many_programs)),
+    "rows_of_every_later_share": Bug(
+        "min(last_tile - above, tiles_of_strip)", "tiles_of_strip", checks(check_many_programs)
+    ),
+    "rows_of_every_earlier_share": Bug("max(first_tile - above, 0)", "0", checks(check_many_programs)),
+    "first_strip_of_a_share_only": Bug(
+        "tl.cdiv(last_tile, tiles_of_strip))", "first_tile // tiles_of_strip + 1)", checks(check_many_programs)
+    ),
     "term_of_up_added_to_dh": Bug("dh = _with_term(dh, h_l, h_r", "dh = _with_term(dh, up_l, up_r",
                                   checks(check_products, 5, 97, left_out=(True, True, True))),
     "terms_that_nothing_lacks": Bug(
@@ -45,12 +53,31 @@ GLU_LORA = {
     ),
 }  # fmt: skip
 
+GLU_LORA_FORWARD = {
+    "last_columns_only": Bug(
+        "total = tl.dot(h, tl.trans(a), total,", "total = tl.dot(h, tl.trans(a),", checks(check_forward, 5, 300)
+    ),
+    "columns_past_the_rank_not_written": Bug(
+        "row_live & (beyond >= rank) & (beyond < extension)", "row_live & (beyond < 0)", checks(check_forward, 5, 70)
+    ),
+    "another_activation": Bug(
+        "activate(gate, ACTIVATION)", "activate(up, ACTIVATION)", checks(check_forward, 5, 70)
+    ),
+    "reference_without_rank": Bug(
+        "torch.mm(out, a[:rank].t()", "torch.mm(out, a[:rank].flip(0).t()", checks(check_forward, 5, 70, on="reference")
+    ),
+}  # fmt: skip
+
 LAYER_GLU = {
+    "product_of_down_not_made_again": Bug(
+        "needs_down_low_rank=needs_b and state.down_low_rank is None,", "needs_down_low_rank=False,",
+        layer("llama_nf4", on="triton", keep=Keep.INPUT),
+    ),
     "gate_and_up_exchanged": Bug(
         "gate, up = layer.split_gate_up(", "up, gate = layer.split_gate_up(", layer("llama_dense")
     ),
 }  # fmt: skip
-BUGS = {"glu": GLU, "glu_lora_backward": GLU_LORA, "decoder_glu": LAYER_GLU}
+BUGS = {"glu": GLU, "glu_lora_backward": GLU_LORA, "glu_lora_forward": GLU_LORA_FORWARD, "decoder_glu": LAYER_GLU}
 
 
 @pytest.mark.parametrize(("module", "bug"), [
