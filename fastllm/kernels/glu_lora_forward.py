@@ -19,7 +19,7 @@ from .activation import activate, require_known
 from .dispatch import dot_precision, jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .glu import glu_forward
 
-_MAX_RANK = 64
+_MAX_RANK = 32  # more take the registers that the tile is in
 
 
 class Tiling(NamedTuple):

@@ -93,29 +93,34 @@ def _rope_kernel(
 
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q = heads < q_heads
+    is_k = (heads >= q_heads) & (heads < q_heads + k_heads)
     h = heads.to(tl.int64)
-    # Each head has one address: a load from q beside one from k, of which either is masked, would be twice as many.
-    q_at, k_at = q_ptr + b * q_b + s * q_s + h * q_h, k_ptr + b * k_b + s * k_s + (h - q_heads) * k_h
-    q_to, k_to = q_out_ptr + b * qo_b + s * qo_s + h * qo_h, k_out_ptr + b * ko_b + s * ko_s + (h - q_heads) * ko_h
-    at, to = tl.where(is_q, q_at, k_at)[:, None], tl.where(is_q, q_to, k_to)[:, None]
-    head_live = (heads < q_heads + k_heads)[:, None]
-    live = head_live & i_live[None, :]
+    q_at = (q_ptr + b * q_b + s * q_s + h * q_h)[:, None]
+    k_at = (k_ptr + b * k_b + s * k_s + (h - q_heads) * k_h)[:, None]
+    q_to = (q_out_ptr + b * qo_b + s * qo_s + h * qo_h)[:, None]
+    k_to = (k_out_ptr + b * ko_b + s * ko_s + (h - q_heads) * ko_h)[:, None]
+    q_live, k_live = is_q[:, None] & i_live[None, :], is_k[:, None] & i_live[None, :]
 
     first, second = i[None, :], half + i[None, :]
-    x1 = tl.load(at + first, mask=live, other=0.0).to(tl.float32)
-    x2 = tl.load(at + second, mask=live, other=0.0).to(tl.float32)
+    x1 = tl.load(q_at + first, mask=q_live, other=0.0).to(tl.float32)
+    x2 = tl.load(q_at + second, mask=q_live, other=0.0).to(tl.float32)
+    x1 += tl.load(k_at + first, mask=k_live, other=0.0).to(tl.float32)
+    x2 += tl.load(k_at + second, mask=k_live, other=0.0).to(tl.float32)
     if INVERSE:
         y1 = x1 * cos1 + x2 * sin2
         y2 = x2 * cos2 - x1 * sin1
     else:
         y1 = x1 * cos1 - x2 * sin1
         y2 = x2 * cos2 + x1 * sin2
-    tl.store(to + first, y1.to(to.dtype.element_ty), mask=live)
-    tl.store(to + second, y2.to(to.dtype.element_ty), mask=live)
+    tl.store(q_to + first, y1.to(q_out_ptr.dtype.element_ty), mask=q_live)
+    tl.store(q_to + second, y2.to(q_out_ptr.dtype.element_ty), mask=q_live)
+    tl.store(k_to + first, y1.to(k_out_ptr.dtype.element_ty), mask=k_live)
+    tl.store(k_to + second, y2.to(k_out_ptr.dtype.element_ty), mask=k_live)
     if TAIL > 0:
         j = 2 * half + tl.arange(0, TAIL)[None, :]
-        tail_live = head_live & (j < head_dim)
-        tl.store(to + j, tl.load(at + j, mask=tail_live, other=0.0), mask=tail_live)
+        q_tail, k_tail = is_q[:, None] & (j < head_dim), is_k[:, None] & (j < head_dim)
+        tl.store(q_to + j, tl.load(q_at + j, mask=q_tail, other=0.0), mask=q_tail)
+        tl.store(k_to + j, tl.load(k_at + j, mask=k_tail, other=0.0), mask=k_tail)
 
 
 class _Rope(torch.autograd.Function):

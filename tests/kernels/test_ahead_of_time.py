@@ -16,9 +16,6 @@ SHARED_MEMORY = {
     "sm_75": 64 * 1024, "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,
     "sm_100": 227 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
-# Bytes a thread, where a tiling that spills is faster than every one that does not: with the terms that FP8 products
-# lack 0.73 instead of 0.82 ms at [8192, 14336] on an H100.
-MEASURED_SPILLS = {("sm_90", "_glu_lora_bwd_kernel"): 24}
 # Triton compiles for them as for sm_86, whose shared memory is the smallest of the three.
 LIKE_SM_86 = ("sm_80", "sm_89")
 
@@ -39,6 +36,6 @@ def test_every_kernel_compiles_and_fits(target, tmp_path):
     assert not missing, f"ahead_of_time.py launches no {missing}"
     for entry in compiled:
         assert entry["shared"] <= SHARED_MEMORY[target], entry
-        assert entry["spilled"] <= MEASURED_SPILLS.get((target, entry["kernel"]), 0), entry
+        assert entry["spilled"] == 0, entry
         # Triton has no tensor cores before sm_80: there, matrix products belong to cuBLAS.
         assert target != "sm_75" or not entry["has_dot"], entry
