@@ -31,7 +31,8 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# By bytes of an element. Few rows, so that every multiprocessor has some; the widest tile that fits every GPU.
+# By bytes of an element. Few rows, so that every multiprocessor has some; the widest tile that fits every GPU. It takes
+# twice as many warps for twice the rank.
 _TILINGS = {2: Tiling(16, 256, 4, 3), 4: Tiling(16, 64, 4, 2)}
 
 
@@ -63,6 +64,7 @@ def glu_lora_forward(
         torch.mm(out, a[:rank].t(), out=low_rank[:, :rank])
         return
     rows, width = gate.shape
+    padded_rank = max(next_power_of_2(rank), 16)
     tiling = _TILINGS[gate.dtype.itemsize]
     if rows:
         with launch_on(gate):
@@ -70,8 +72,8 @@ def glu_lora_forward(
                 gate, up, out, a, low_rank, rows, width, rank, low_rank.shape[1],
                 *(t.stride(0) for t in (gate, up, out, a, low_rank)), ACTIVATION=activation,
                 PRECISION=dot_precision(gate.dtype), ROWS=tiling.rows, COLUMNS=tiling.columns,
-                RANK=max(next_power_of_2(rank), 16), EXTENSION=next_power_of_2(low_rank.shape[1]),
-                num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+                RANK=padded_rank, EXTENSION=next_power_of_2(low_rank.shape[1]),
+                num_warps=tiling.num_warps * padded_rank // 16, num_stages=tiling.num_stages,
             )  # fmt: skip
 
 

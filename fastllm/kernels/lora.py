@@ -231,6 +231,10 @@ def parameter_grads(
     is_wanted = stacked_da is None and any(needs[2::PARAMETERS_PER_PROJECTION])
     if is_wanted and dy_low_rank is not None and not group.has_dropout:
         stacked_da = matmul_fp32(dy_low_rank.t(), x)
+    scalings = {p.scaling for p in group.projections if p.rank}
+    is_scaled = False
+    if stacked_da is not None and len(scalings) == 1:  # all at once, in the memory that the gradients need
+        stacked_da, is_scaled = stacked_da[: group.rank_slices[-1].stop] * scalings.pop(), True
     grads: list[torch.Tensor | None] = []
     for index, projection in enumerate(group.projections):
         first = index * PARAMETERS_PER_PROJECTION
@@ -249,7 +253,7 @@ def parameter_grads(
                 da = stacked_da[ranks]
             else:
                 da = matmul_fp32(dy_low_rank[:, ranks].t(), _dropped(x, masks[index], projection.dropout))
-            da = (da * projection.scaling).to(projection.lora_a.dtype)
+            da = (da if is_scaled else da * projection.scaling).to(projection.lora_a.dtype)
         if needs_b:
             assert projection.lora_b is not None and low_rank is not None
             if known_db:

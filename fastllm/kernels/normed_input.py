@@ -55,4 +55,5 @@ def _stacked_da(norm: Norm, x: torch.Tensor, rstd: torch.Tensor, dy_low_rank: to
     scaled = torch.empty(dy_low_rank.shape, dtype=dy_low_rank.dtype, device=dy_low_rank.device)
     torch.mul(dy_low_rank, rstd[:, None], out=scaled)
     product = matmul_fp32(scaled.t(), x)
-    return product.mul_(norm.weight.detach().to(product.dtype) + norm.offset)
+    weight = norm.weight.detach()
+    return product.mul_(weight.to(product.dtype) + norm.offset if norm.offset else weight)

@@ -210,8 +210,12 @@ NF4 = {
 }  # fmt: skip
 
 LORA = {
+    "scaling_missing_in_the_gradients_of_all_a": Bug(
+        "[: group.rank_slices[-1].stop] * scalings.pop()", "[: group.rank_slices[-1].stop]",
+        checks(check_group, GROUPS["gate_up"]),
+    ),
     "scaling_missing_in_the_gradient_of_a": Bug(
-        "da = (da * projection.scaling)", "da = da", checks(check_group, RANK_STABILIZED)
+        "da if is_scaled else da * projection.scaling", "da", checks(check_group, RANK_STABILIZED)
     ),
     "bias_missing": Bug(
         "prepared.joined[: group.out_features], prepared.bias, y", "prepared.joined[: group.out_features], None, y",
@@ -453,9 +457,9 @@ NORMED_INPUT = {
         "torch.mul(dy_low_rank, rstd[:, None], out=scaled)", "scaled.copy_(dy_low_rank)", layer("llama_dense")
     ),
     "columns_not_scaled": Bug(
-        "product.mul_(norm.weight.detach().to(product.dtype) + norm.offset)", "product", layer("llama_dense")
+        "return product.mul_(", "return product; (", layer("llama_dense")
     ),
-    "offset_missing": Bug("product.dtype) + norm.offset)", "product.dtype))", layer("gemma")),
+    "offset_missing": Bug("+ norm.offset if norm.offset else weight", "if norm.offset else weight", layer("gemma")),
     "offset_missing_in_the_recomputed_norm": Bug(
         "norm.eps, offset=norm.offset, out=hidden)", "norm.eps, out=hidden)", layer("gemma", weights="trained")
     ),
