@@ -78,6 +78,8 @@ _TILING_HOPPER_H = Tiling(32, 128, 4, 3, 2.0)
 _TILINGS_HOPPER_TERMS = {2: Tiling(16, 128, 4, 3, 2.0), 4: Tiling(16, 16, 4, 1, 4.0, 255)}
 # Few, so that a program of the interpreter passes from strip to strip.
 _INTERPRETED_PROGRAMS = 7
+# Of GPUs that torch does not ask for it: about that of the largest.
+_MULTIPROCESSORS = 128
 
 
 class LoraProducts(NamedTuple):
@@ -204,9 +206,11 @@ def _tiling(x: torch.Tensor, *, has_h_out: bool, has_terms: bool) -> Tiling:
 
 
 def _programs(tiling: Tiling, device: torch.device) -> int:
-    if device.type != "cuda":
+    if device.type == "cpu":
         return _INTERPRETED_PROGRAMS
-    return max(int(tiling.programs * torch.cuda.get_device_properties(device).multi_processor_count), 1)
+    is_cuda = device.type == "cuda"
+    count = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _MULTIPROCESSORS
+    return max(int(tiling.programs * count), 1)
 
 
 def _is_hopper(x: torch.Tensor) -> bool:
