@@ -303,10 +303,10 @@ def _backward(
     prepared = weights.take("down", last=True)
     if layer.mlp_out_norm is None:
         extended = with_room(layer.down, dy, dtype, call.gradient_room)
-        dy_rows = extended[:, : layer.down.out_features]
     else:
         extended = layer.down.output_buffer(dy, dtype)
-        dy_rows = extended[:, : layer.down.out_features]
+    dy_rows = extended[:, : layer.down.out_features]
+    if layer.mlp_out_norm is not None:
         norm_grads["mlp_out_norm"] = _normed_backward(
             dy, state.mlp_out, state.mlp_out_rstd, layer.mlp_out_norm, dy_rows, needs_norm["mlp_out_norm"]
         )

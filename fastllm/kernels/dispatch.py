@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .._device import info_of
+
 try:
     import triton
     import triton.language as tl
@@ -63,6 +65,11 @@ def use_triton(x: torch.Tensor) -> bool:
     if _forced is not None:
         return _forced == "triton"
     return x.is_cuda or x.is_xpu
+
+
+def has_tensor_cores(x: torch.Tensor) -> bool:
+    """Whether Triton knows the matrix units of the GPU that `x` is on; of others than NVIDIA's and AMD's, always."""
+    return not x.is_cuda or info_of(x.device).has_tensor_core_dot
 
 
 def launch_on(x: torch.Tensor) -> AbstractContextManager:

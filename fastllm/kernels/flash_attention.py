@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from .._device import info_of
-from .dispatch import dot_precision, jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .documents import Documents
 from .soft_cap import soft_capped
 
@@ -47,7 +46,7 @@ def flash_attention_serves(q: torch.Tensor, dropout: float) -> bool:
     """Whether this kernel can run for queries `q`: it needs tensor cores that Triton knows, and knows no dropout."""
     if dropout or q.shape[-1] > MAX_HEAD_DIM.get(q.dtype, 0) or not use_triton(q):
         return False
-    return not q.is_cuda or info_of(q.device).has_tensor_core_dot
+    return has_tensor_cores(q)
 
 
 def flash_attention_forward(

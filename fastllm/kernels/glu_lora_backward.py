@@ -27,7 +27,7 @@ import torch
 
 from .._device import info_of
 from .activation import activate, require_known
-from .dispatch import dot_precision, jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .low_rank_glu import LowRankTerm, low_rank_glu_backward
 from .products import matmul_fp32
 from .projections import ProjectionGroup
@@ -103,7 +103,7 @@ def serves_groups(gate_up: ProjectionGroup, down: ProjectionGroup, x: torch.Tens
         return False
     if down.has_dropout or gate_up.is_fp8 != down.is_fp8:
         return False
-    return not x.is_cuda or info_of(x.device).has_tensor_core_dot
+    return has_tensor_cores(x)
 
 
 def glu_backward_between(

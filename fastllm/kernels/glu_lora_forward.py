@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._device import info_of
 from .activation import activate, require_known
-from .dispatch import dot_precision, jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .glu import glu_forward
 
 _MAX_RANK = 32  # more take the registers that the tile is in
@@ -38,9 +37,7 @@ _TILINGS = {2: Tiling(16, 256, 4, 3), 4: Tiling(16, 64, 4, 2)}
 
 def serves_rank(rank: int, x: torch.Tensor) -> bool:
     """Whether the kernel can run for matrices like `x`: Triton has to know tensor cores there."""
-    if not (use_triton(x) and 0 < rank <= _MAX_RANK):
-        return False
-    return not x.is_cuda or info_of(x.device).has_tensor_core_dot
+    return use_triton(x) and 0 < rank <= _MAX_RANK and has_tensor_cores(x)
 
 
 def glu_lora_forward(
