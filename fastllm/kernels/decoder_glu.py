@@ -1,5 +1,5 @@
 """What a decoder layer's MLP computes between its two products, h = act(gate) * up, by the kernel that suits both:
-plain, with LoRA's term where the products lack it, and forward and backward with what LoRA makes of it.
+plain, or forward and backward with what LoRA makes of it.
 
 Shapes: gate and up side by side [T, 2F]; h, down's input, [T, F].  Dtypes: the compute dtype.
 """
@@ -11,7 +11,6 @@ from .glu import glu_backward, glu_forward
 from .glu_lora_backward import LoraProducts, glu_backward_between, serves_groups
 from .glu_lora_forward import glu_lora_forward, serves_rank
 from .layer_definition import DecoderLayer
-from .low_rank_glu import LowRankTerm, input_term, low_rank_glu_backward, low_rank_glu_forward, output_term
 
 # Rows from which the kernels that make LoRA's products as well are the faster ones on a GPU.
 _LEAST_ROWS = 4096
@@ -21,20 +20,17 @@ def down_input(
     layer: DecoderLayer, state: Activations, down_a: torch.Tensor | None, *, extended: torch.Tensor
 ) -> torch.Tensor | None:
     """Write h `[T, F]` of `state.gate_up` to the left part of `extended`, the buffer of `down.input_buffer`. Returns
-    h A^T `[T, E]`, its right part, where that was made with it. `down_a [E, F]` is the A of down, if it has one."""
+    h A^T `[T, E]` where that was made with it: its right part, if it has one. `down_a [E, F]` is the A of down, if it
+    has one."""
     down = layer.down
     gate, up = layer.split_gate_up(state.gate_up)
     out = extended[:, : down.in_features]
     rank = down.projections[0].rank
-    is_plain = not (layer.gate_up.has_separate_term or down.is_fp8 or down.has_dropout)
-    if down_a is not None and is_plain and _is_long(out) and serves_rank(rank, out):
-        low_rank = extended[:, down.in_features :]
+    if down_a is not None and not down.has_dropout and _is_long(out) and serves_rank(rank, out):
+        low_rank = out.new_empty(out.shape[0], down.extension) if down.is_fp8 else extended[:, down.in_features :]
         glu_lora_forward(gate, up, layer.activation, down_a, rank, out=out, low_rank=low_rank)
         return low_rank
-    if layer.gate_up.has_separate_term:
-        low_rank_glu_forward(gate, up, layer.activation, *_terms_of_gate_and_up(layer, state), out=out)
-    else:
-        glu_forward(gate, up, layer.activation, out=out)
+    glu_forward(gate, up, layer.activation, out=out)
     return None
 
 
@@ -60,29 +56,9 @@ def down_input_backward(
             down_dy_low_rank=dy_low_rank, down_a=down_a, needs_down_low_rank=needs_b and state.down_low_rank is None,
         )  # fmt: skip
     values, grads = layer.split_gate_up(gate_up), layer.split_gate_up(dgate_up)
-    if layer.gate_up.has_separate_term or layer.down.has_separate_term:
-        terms = _term_of_hidden(layer, dy_low_rank), *_terms_of_gate_and_up(layer, state)
-        low_rank_glu_backward(hidden, *values, layer.activation, *terms, *grads, h_out=hidden)
-    else:
-        glu_backward(hidden, *values, layer.activation, *grads, h_out=hidden)
+    glu_backward(hidden, *values, layer.activation, *grads, h_out=hidden)
     return LoraProducts()
 
 
 def _is_long(rows: torch.Tensor) -> bool:
     return rows.shape[0] >= _LEAST_ROWS or not rows.is_cuda
-
-
-def _terms_of_gate_and_up(layer: DecoderLayer, state: Activations) -> tuple[LowRankTerm | None, LowRankTerm | None]:
-    """What LoRA adds to `state.gate_up`, where it was left out."""
-    if not layer.gate_up.has_separate_term or state.gate_up_low_rank is None:
-        return None, None
-    gate_columns, up_columns = layer.gate_up_columns
-    low_rank = state.gate_up_low_rank
-    return output_term(layer.gate_up, low_rank, gate_columns), output_term(layer.gate_up, low_rank, up_columns)
-
-
-def _term_of_hidden(layer: DecoderLayer, dy_low_rank: torch.Tensor | None) -> LowRankTerm | None:
-    """What LoRA adds to the gradient of down's input, where it was left out."""
-    if not layer.down.has_separate_term or dy_low_rank is None:
-        return None
-    return input_term(layer.down, dy_low_rank)

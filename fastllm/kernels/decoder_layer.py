@@ -24,7 +24,6 @@ from .attention import attention_backward, attention_forward
 from .decoder_activations import Activations, Offload
 from .decoder_glu import down_input, down_input_backward
 from .dispatch import compute_dtype, no_autocast, rows_of
-from .fp8 import Fp8Matrix
 from .gradient_room import with_room
 from .layer_definition import NORMS, DecoderLayer, Keep, LayerCall, Norm
 from .lora import (
@@ -166,7 +165,7 @@ def _activations_again(
     else:
         state.bring_back_middle()
         mlp_input, _, _ = _mlp_input(layer, state.middle, dtype)
-        _add_gate_up(layer, weights, state, *mlp_input, needs_backward=True)
+        _add_gate_up(layer, weights, state, mlp_input, needs_backward=True)
     # Down's masks come after every other random number of the layer.
     if layer.mlp_out_norm is not None:
         _mlp_output(layer, weights, state, keep=True)
@@ -194,11 +193,11 @@ def _activations(
 
     extended = layer.qkv.input_buffer(rows, dtype)
     hidden = extended[:, : layer.qkv.in_features]
-    norm, fp8 = layer.input_norm, layer.qkv.fp8_input(rows)
-    _, _, input_rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=hidden, fp8=fp8)
-    qkv, qkv_low_rank, qkv_masks = project(weights.take("qkv"), hidden, extended=extended, fp8=fp8)
+    norm = layer.input_norm
+    _, _, input_rstd = rms_norm_forward(rows, norm.weight, norm.eps, offset=norm.offset, out=hidden)
+    qkv, qkv_low_rank, qkv_masks = project(weights.take("qkv"), hidden, extended=extended)
     qkv_low_rank = _detached_copy(qkv_low_rank, needs_backward or offload is not None)
-    del extended, hidden, fp8
+    del extended, hidden
 
     qkv_raw, query_rstd, key_rstd = qkv, None, None
     if layer.query_norm is not None and layer.key_norm is not None:
@@ -225,22 +224,22 @@ def _activations(
     )  # fmt: skip
     if offload is not None:
         state.send_away(offload)
-    _add_gate_up(layer, weights, state, *mlp_input, needs_backward=needs_backward)
+    _add_gate_up(layer, weights, state, mlp_input, needs_backward=needs_backward)
     return state
 
 
 def _mlp_input(
     layer: DecoderLayer, rows: torch.Tensor, dtype: torch.dtype, *, residual: torch.Tensor | None = None
-) -> tuple[tuple[torch.Tensor, Fp8Matrix | None], torch.Tensor, torch.Tensor]:
-    """((the second norm's output in the buffer of gate and up's product, the same in FP8), rows plus `residual`, which
-    is what it takes, and their rstd)"""
-    norm, fp8 = layer.post_norm, layer.gate_up.fp8_input(rows)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(the second norm's output in the buffer of gate and up's product, rows plus `residual`, which is what it takes,
+    and their rstd)"""
+    norm = layer.post_norm
     extended = layer.gate_up.input_buffer(rows, dtype)
     _, total, rstd = rms_norm_forward(
         rows, norm.weight, norm.eps, offset=norm.offset, residual=residual,
-        out=extended[:, : layer.gate_up.in_features], fp8=fp8,
+        out=extended[:, : layer.gate_up.in_features],
     )  # fmt: skip
-    return (extended, fp8), total, rstd
+    return extended, total, rstd
 
 
 def _add_gate_up(
@@ -248,18 +247,16 @@ def _add_gate_up(
     weights: PreparedGroups,
     state: Activations,
     extended: torch.Tensor,
-    fp8: Fp8Matrix | None,
     *,
     needs_backward: bool,
 ) -> None:
     # The spare columns let the backward overlay the gradient of gate and up on their values.
     state.gate_up = layer.gate_up.output_buffer(extended, extended.dtype)
     _, low_rank, state.gate_up_masks = project(
-        weights.take("gate_up"), extended[:, : layer.gate_up.in_features], extended=extended, fp8=fp8,
-        out=state.gate_up[:, : layer.gate_up.out_features], leaves_term=True,
+        weights.take("gate_up"), extended[:, : layer.gate_up.in_features], extended=extended,
+        out=state.gate_up[:, : layer.gate_up.out_features],
     )  # fmt: skip
-    # Where it is separate, the product's reader wants it, too.
-    state.gate_up_low_rank = low_rank if layer.gate_up.has_separate_term else _detached_copy(low_rank, needs_backward)
+    state.gate_up_low_rank = _detached_copy(low_rank, needs_backward)
 
 
 def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: Activations, *, keep: bool) -> torch.Tensor:
@@ -311,7 +308,7 @@ def _backward(
             dy, state.mlp_out, state.mlp_out_rstd, layer.mlp_out_norm, dy_rows, needs_norm["mlp_out_norm"]
         )
         state.mlp_out = None
-    hidden, dy_low_rank = input_grad(prepared, dy_rows, state.down_masks, extended=extended, leaves_term=True)
+    hidden, dy_low_rank = input_grad(prepared, dy_rows, state.down_masks, extended=extended)
     assert hidden is not None
     dgate_up_extended = gate_up if overwrite else layer.gate_up.output_buffer(dy, dtype)
     dgate_up = dgate_up_extended[:, : layer.gate_up.out_features]
@@ -470,8 +467,8 @@ def _normed_backward(
 
 
 def _detached_copy(view: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
-    """A copy of a narrow column view, so that its wide buffer can be freed; None where nobody will read it."""
-    return view.clone() if wanted and view is not None else None
+    """A narrow matrix apart from the wide buffer that it is a view of, if any; None where nobody will read it."""
+    return view.contiguous() if wanted and view is not None else None
 
 
 def _empty_rows(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,13 +11,18 @@ than 2^-15 of its row's largest, 2.5 % on average, 3.6 % of a product of two mat
 e4m3 as well: under a scale for each row they need e5m2's range less than the bit that it costs. Tensor cores read FP8
 along the inner dimension only, so the payload of a weight is transposed for dX: each time, or once where it is kept.
 
+Sums are those of sm_90's tensor cores at full speed, which keep fewer bits: 0.2 % of a product over 4,096 values, 0.5 %
+over 28,672 (in the L2 norm, measured on an H100), where the roundings above make 3.8 % either way.
+
+LoRA's term of a product, L R^T, is added up with it, in columns before those of X and W (fp8_low_rank.py).
+
 Shapes: X [T, K], W [N, K], dY [T, N]; scales [rows]. K and N are multiples of 16.
 Dtypes: payloads float8_e4m3fn, scales fp32, sums fp32; results in bf16 from a GPU, in any dtype from the reference.
 Rows that hold a NaN or an infinity become NaN. Source: Micikevicius et al., "FP8 Formats for Deep Learning",
-arXiv 2209.05433; row-wise scales: torchao's float8 recipes.
+arXiv 2209.05433; row-wise scales: torchao's float8 recipes, which sum as fast.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -30,45 +35,103 @@ MULTIPLE = 16
 # (major, minor) of the first NVIDIA GPUs with FP8 products.
 CAPABILITY = (8, 9)
 _TILE = 64
+# Rows that begin elsewhere than at such a multiple of bytes make a product up to half slower on an H100.
+_ALIGNMENT = 128
+# The columns of a low-rank term are filled up with zeros to such a multiple.
+_EXTENSION_MULTIPLE = 64
+# Rows of a weight are scaled as if their largest value were at least this part of the matrix's: below it e4m3 has the
+# range to spare, and what is added to a row need not be as large beside its values (fp8_low_rank.py).
+_LEAST_PART = 2.0**-8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fp8Matrix:
-    """`values` float8_e4m3fn [R, C] and `scales` fp32 [R], whose product, row by row, is the matrix. `transposed` holds
-    the values as [C, R] too, where a matrix is there for longer than one product."""
+    """`values` float8_e4m3fn [R, P + C] and `scales` fp32 [R], whose product, row by row, is the matrix. Its first P
+    columns, the `extension`, are those of a low-rank term."""
 
     values: torch.Tensor
     scales: torch.Tensor
-    transposed: torch.Tensor | None = None
+    extension: int = 0
 
     @classmethod
-    def empty(cls, rows: int, columns: int, device: torch.device) -> "Fp8Matrix":
-        values = torch.empty(rows, columns, dtype=torch.uint8, device=device).view(DTYPE)
-        return cls(values, torch.empty(rows, dtype=torch.float32, device=device))
+    def empty(cls, rows: int, columns: int, device: torch.device, *, rank: int = 0) -> "Fp8Matrix":
+        """A matrix of that shape with room for a term of that rank."""
+        extension = extension_width(rank)
+        buffer = torch.empty(rows, row_bytes(columns, rank), dtype=torch.uint8, device=device)
+        scales = torch.empty(rows, dtype=torch.float32, device=device)
+        return cls(buffer.view(DTYPE)[:, : extension + columns], scales, extension)
 
     def rows(self, rows: slice) -> "Fp8Matrix":
-        return Fp8Matrix(self.values[rows], self.scales[rows])
+        return Fp8Matrix(self.values[rows], self.scales[rows], self.extension)
+
+    @property
+    def plain(self) -> "Fp8Matrix":
+        """The matrix without the columns of the term."""
+        return Fp8Matrix(self.values[:, self.extension :], self.scales)
 
     @property
     def nbytes(self) -> int:
-        held = self.values.nbytes + self.scales.nbytes
-        return held if self.transposed is None else held + self.transposed.nbytes
-
-    def with_transposed(self) -> "Fp8Matrix":
-        return replace(self, transposed=transposed_values(self))
+        return self.values.shape[0] * self.values.stride(0) + self.scales.nbytes
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         return self.values.to(dtype) * self.scales.to(dtype)[:, None]
 
 
-def quantize_rows(x: torch.Tensor, *, factors: torch.Tensor | None = None, out: Fp8Matrix | None = None) -> Fp8Matrix:
-    """`x [R, C]`, with column j times `factors [C]` where given, in FP8 with a scale for each row."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Weight:
+    """A weight [N, K]: `by_output` [N, P + K] as X W^T reads it and, where it is there for longer than one product,
+    the values once more as dY W reads them, `by_input` [K, P + N], with scales of one."""
+
+    by_output: Fp8Matrix
+    by_input: Fp8Matrix | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.by_output.nbytes + (0 if self.by_input is None else self.by_input.nbytes)
+
+    def transposed(self, rank: int) -> Fp8Matrix:
+        """`by_input`, made now if need be, with room for a term of that rank."""
+        if self.by_input is not None:
+            return self.by_input
+        source = self.by_output.plain
+        rows, columns = source.values.shape
+        found = Fp8Matrix.empty(columns, rows, source.values.device, rank=rank)
+        transpose_values(source, out=found.plain)
+        found.scales.fill_(1.0)
+        return found
+
+
+def extension_width(rank: int) -> int:
+    """Columns of a low-rank term: three for each rank, filled up."""
+    return -(-3 * rank // _EXTENSION_MULTIPLE) * _EXTENSION_MULTIPLE
+
+
+def row_bytes(columns: int, rank: int) -> int:
+    """Bytes from row to row of a matrix with room for a term of that rank."""
+    extension = extension_width(rank)
+    return -(-(extension + columns) // _ALIGNMENT) * _ALIGNMENT if extension else columns
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    *,
+    factors: torch.Tensor | None = None,
+    left: torch.Tensor | None = None,
+    balance: torch.Tensor | None = None,
+    at_least: torch.Tensor | None = None,
+    out: Fp8Matrix | None = None,
+) -> Fp8Matrix:
+    """`x [R, C]`, with column j times `factors [C]` where given, in FP8 with a scale for each row.
+
+    `left [R, r]` and `balance [r]` of `write_right` fill the extension, for which the scales leave room. Rows are
+    scaled as if their largest value were `at_least` (fp32 scalar tensor). An `out` with an extension that no `left`
+    fills keeps what it holds there.
+    """
     rows, columns = x.shape
-    out = Fp8Matrix.empty(rows, columns, x.device) if out is None else out
+    rank = 0 if left is None else left.shape[1]
+    out = Fp8Matrix.empty(rows, columns, x.device, rank=rank) if out is None else out
     if not use_triton(x):
-        values, scales = quantize_rows_reference(x, factors)
-        out.values.copy_(values)
-        out.scales.copy_(scales)
+        _quantize_rows_reference(x, factors, left, balance, at_least, out)
         return out
     if rows == 0:
         return out
@@ -76,57 +139,72 @@ def quantize_rows(x: torch.Tensor, *, factors: torch.Tensor | None = None, out: 
     block = next_power_of_2(columns)
     with launch_on(x):
         _quantize_rows_kernel[(rows,)](
-            x, x if factors is None else factors, out.values.view(torch.uint8), out.scales, columns,
-            x.stride(0), out.values.stride(0), HAS_FACTORS=factors is not None, BLOCK=block,
-            num_warps=num_warps_for(block),
+            x, *(out.scales if given is None else given for given in (factors, left, balance, at_least)),
+            out.values.view(torch.uint8), out.scales, columns, rank, out.extension,
+            x.stride(0), *((0, 0) if left is None else left.stride()), out.values.stride(0),
+            HAS_FACTORS=factors is not None, HAS_LEFT=left is not None, HAS_LEAST=at_least is not None, BLOCK=block,
+            RANKS=next_power_of_2(rank), EXTENSION=next_power_of_2(out.extension), num_warps=num_warps_for(block),
         )  # fmt: skip
     return out
 
 
-def quantize_rows_reference(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: (values, scales)."""
+def _quantize_rows_reference(
+    x: torch.Tensor,
+    factors: torch.Tensor | None,
+    left: torch.Tensor | None,
+    balance: torch.Tensor | None,
+    at_least: torch.Tensor | None,
+    out: Fp8Matrix,
+) -> None:
+    """The definition."""
     wide = x.float() if factors is None else x.float() * factors
     largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
+    term = None if left is None or balance is None else left.float() * balance
+    if term is not None:
+        largest = torch.maximum(largest, term.abs().amax(1))
+    if at_least is not None:
+        largest = torch.maximum(largest, at_least)
+    scales = row_scales_reference(largest)
+    out.scales.copy_(scales)
+    out.plain.values.copy_((wide / scales[:, None]).to(DTYPE))
+    if term is not None:
+        rank = term.shape[1]
+        high, low = split_reference(term / scales[:, None])
+        for first, part in enumerate((high, high, low)):
+            out.values[:, first * rank : (first + 1) * rank].copy_(part)
+        out.values[:, 3 * rank : out.extension].view(torch.uint8).zero_()
+
+
+def row_scales_reference(largest: torch.Tensor) -> torch.Tensor:
+    """The scales of rows with these largest values."""
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa 2^exponent, mantissa in [1/2, 1)
     # 448 = 7/8 2^9; the reciprocal has to be a normal number too.
     exponent = torch.where(mantissa <= LARGEST / 2**9, exponent - 9, exponent - 8).clamp(min=-126)
     scales = ((exponent + 127) << 23).view(torch.float32)  # GPUs' powers of two are not exact
     scales = torch.where(largest == 0, torch.ones_like(scales), scales)
-    scales = torch.where(largest.isfinite(), scales, torch.nan)
-    return (wide / scales[:, None]).to(DTYPE), scales
+    return torch.where(largest.isfinite(), scales, torch.nan)
 
 
-def fp8_linear(
-    x: torch.Tensor, weight: Fp8Matrix, *, quantized: Fp8Matrix | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """X W^T [T, N] of `x [T, K]` and `weight [N, K]`, in `out` where given (contiguous). `quantized` is x in FP8, where
-    whoever made it did that too."""
-    quantized = quantize_rows(x) if quantized is None else quantized
-    return scaled_matmul(quantized, weight, x.dtype, out=out, fast_accumulation=True)
+def split_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 numbers of up to 448 as the sum of two of e4m3: the nearest, and the nearest to what it is off by."""
+    high = x.to(DTYPE)
+    return high, (x - high.float()).to(DTYPE)
 
 
-def fp8_input_grad(dy: torch.Tensor, weight: Fp8Matrix) -> torch.Tensor:
-    """dY W [T, K] of `dy [T, N]` and `weight [N, K]`."""
-    folded = quantize_rows(dy, factors=weight.scales)
-    ones = torch.ones(weight.values.shape[1], dtype=torch.float32, device=dy.device)
-    transposed = transposed_values(weight) if weight.transposed is None else weight.transposed
-    return scaled_matmul(folded, Fp8Matrix(transposed, ones), dy.dtype)
+def quantize_weight(weight: torch.Tensor, *, out: Fp8Matrix) -> None:
+    """A weight `[N, K]` in FP8, beside the extension of `out`."""
+    low, high = torch.aminmax(weight)
+    quantize_rows(weight, at_least=torch.maximum(-low, high).float() * _LEAST_PART, out=out)
 
 
 def scaled_matmul(
-    left: Fp8Matrix,
-    right: Fp8Matrix,
-    dtype: torch.dtype,
-    *,
-    out: torch.Tensor | None = None,
-    fast_accumulation: bool = False,
+    left: Fp8Matrix, right: Fp8Matrix, dtype: torch.dtype, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """L R^T [M, N] of `left [M, K]` and `right [N, K]`. `fast_accumulation` lets the tensor cores of sm_90 sum a little
-    less exactly, at full speed."""
+    """L R^T [M, N] of `left [M, K]` and `right [N, K]`, extensions included, in `out` where given."""
     if left.values.is_cuda and use_triton(left.scales):
         target = out if out is not None and out.dtype == torch.bfloat16 else None
         arguments = (left.values, right.values.t(), left.scales[:, None], right.scales[None, :])
-        options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast_accumulation}
+        options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         if target is not None:
             return torch._scaled_mm(*arguments, **options, out=target)
         product = torch._scaled_mm(*arguments, **options).to(dtype)
@@ -141,25 +219,25 @@ def scaled_matmul_reference(left: Fp8Matrix, right: Fp8Matrix, dtype: torch.dtyp
     return (left.dequantized(wide) @ right.dequantized(wide).t()).to(dtype)
 
 
-def transposed_values(matrix: Fp8Matrix) -> torch.Tensor:
-    """A contiguous copy [C, R] of the transpose of a matrix's values [R, C]."""
-    values = matrix.values
+def transpose_values(matrix: Fp8Matrix, *, out: Fp8Matrix) -> None:
+    """Write the transpose of the values [R, C] of `matrix` to those of `out`."""
+    values, target = matrix.values.view(torch.uint8), out.values.view(torch.uint8)
     rows, columns = values.shape
     if not use_triton(matrix.scales) or values.numel() == 0:
-        return values.view(torch.uint8).t().contiguous().view(DTYPE)
-    out = torch.empty(columns, rows, dtype=torch.uint8, device=values.device)
+        target.copy_(values.t())
+        return
     grid = (triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE))
-    with launch_on(out):
+    with launch_on(target):
         _transpose_kernel[grid](
-            values.view(torch.uint8), out, rows, columns, values.stride(0), out.stride(0), TILE=_TILE, num_warps=4
+            values, target, rows, columns, values.stride(0), target.stride(0), TILE=_TILE, num_warps=4
         )
-    return out.view(DTYPE)
 
 
 @jit
 def _quantize_rows_kernel(
-    x_ptr, factors_ptr, values_ptr, scales_ptr, columns, x_stride, values_stride,
-    HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, factors_ptr, left_ptr, balance_ptr, least_ptr, values_ptr, scales_ptr, columns, rank, extension, x_stride,
+    left_stride, left_rank_stride, values_stride, HAS_FACTORS: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_LEAST: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, EXTENSION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -167,8 +245,24 @@ def _quantize_rows_kernel(
     x = tl.load(x_ptr + row * x_stride + cols, mask=live, other=0.0).to(tl.float32)
     if HAS_FACTORS:
         x *= tl.load(factors_ptr + cols, mask=live, other=0.0, eviction_policy="evict_last")  # every row reads them
-    scale, reciprocal = row_scale(tl.max(magnitude_bits(x), axis=0))
-    tl.store(values_ptr + row * values_stride + cols, e4m3_bits(x * reciprocal), mask=live)
+    largest = tl.max(magnitude_bits(x), axis=0)
+    target = values_ptr + row * values_stride
+    if HAS_LEAST:
+        largest = tl.maximum(largest, magnitude_bits(tl.load(least_ptr)))
+    if HAS_LEFT:
+        ranks = tl.arange(0, RANKS)
+        left = tl.load(left_ptr + row * left_stride + ranks * left_rank_stride, mask=ranks < rank, other=0.0)
+        left = left.to(tl.float32) * tl.load(balance_ptr + ranks, mask=ranks < rank, other=0.0)
+        largest = tl.maximum(largest, tl.max(magnitude_bits(left), axis=0))
+    scale, reciprocal = row_scale(largest)
+    if HAS_LEFT:
+        high, low = split(left * reciprocal)
+        tl.store(target + ranks, high, mask=ranks < rank)
+        tl.store(target + rank + ranks, high, mask=ranks < rank)
+        tl.store(target + 2 * rank + ranks, low, mask=ranks < rank)
+        rest = tl.arange(0, EXTENSION)
+        tl.store(target + rest, tl.zeros((EXTENSION,), tl.uint8), mask=(rest >= 3 * rank) & (rest < extension))
+    tl.store(target + extension + cols, e4m3_bits(x * reciprocal), mask=live)
     tl.store(scales_ptr + row, scale)
 
 
@@ -198,6 +292,22 @@ def e4m3_bits(x):
     steps = (tl.abs(x) * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     return (tl.where(magnitude < (127 - 6) << 23, steps, normal) | sign).to(tl.uint8)
+
+
+@jit
+def _e4m3_value(bits):
+    """The fp32 numbers that the bits of e4m3 stand for, but for its NaN."""
+    magnitude = bits.to(tl.int32) & 0x7F
+    normal = ((magnitude + ((127 - 7) << 3)) << 20).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)  # a step of 2^-9 below 2^-6
+    return tl.where(bits >= 0x80, -value, value)
+
+
+@jit
+def split(x):
+    """fp32 numbers of up to 448 as the sum of two of e4m3, in bits: the nearest, and the nearest to what it lacks."""
+    high = e4m3_bits(x)
+    return high, e4m3_bits(x - _e4m3_value(high))
 
 
 @jit

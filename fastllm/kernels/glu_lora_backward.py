@@ -7,9 +7,6 @@ With R = B and L = x A^T of gate and up these are dY B and dB, with R = A^T and 
 product takes as long as reading X does. Here each tile of X is multiplied while it is in registers: dgate and dup are
 written and not read again, and h, which nothing else wants, is not even written.
 
-The same L R^T is what LoRA adds to gate, up and dh. Where an FP8 product left it out (low_rank_glu.py), it is made here
-from the tiles of L and R that are there anyway, and added before anything is made of the sum, which is not rounded.
-
 Strips of columns are cut into tiles, of which each program takes as many: it walks down a strip, or out of one into the
 next. It holds its part of each X^T L of a strip; its part of X R is one of as many as there are strips. Such parts are
 added up afterwards, in a fixed order: the same bits on every run.
@@ -28,7 +25,7 @@ import torch
 from .._device import info_of
 from .activation import activate, require_known
 from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
-from .low_rank_glu import LowRankTerm, low_rank_glu_backward
+from .glu import glu_backward
 from .products import matmul_fp32
 from .projections import ProjectionGroup
 
@@ -39,21 +36,11 @@ _SCRATCH_BYTES = 2**27
 
 class Narrow(NamedTuple):
     """What X is multiplied with: `left [T, r]` and, where X R is wanted, `right [F, r]`; `out [T, r]` takes X R, the
-    last two in any dtype. All may be views of any strides.
-
-    With `is_left_out` the matrix given, gate for dgate, up for dup and dh for h, lacks left right^T."""
+    last two in any dtype. All may be views of any strides."""
 
     left: torch.Tensor
     right: torch.Tensor | None = None
     out: torch.Tensor | None = None
-    is_left_out: bool = False
-
-    def term(self) -> LowRankTerm | None:
-        """What the matrix given lacks."""
-        if not self.is_left_out:
-            return None
-        assert self.right is not None
-        return LowRankTerm(self.left, self.right.t())
 
 
 class Tiling(NamedTuple):
@@ -74,8 +61,6 @@ _TILINGS_AMD = {2: Tiling(16, 64, 4, 1, 2.0), 4: Tiling(16, 32, 4, 1, 2.0)}
 # Takes 170 of the 227 KiB of shared memory that Hopper has, and all registers where h A^T is not wanted.
 _TILING_HOPPER = Tiling(64, 128, 8, 3, 0.85)
 _TILING_HOPPER_H = Tiling(32, 128, 4, 3, 2.0)
-# With products to add: what is larger spills.
-_TILINGS_HOPPER_TERMS = {2: Tiling(16, 128, 4, 3, 2.0), 4: Tiling(16, 16, 4, 1, 4.0, 255)}
 # Few, so that a program of the interpreter passes from strip to strip.
 _INTERPRETED_PROGRAMS = 7
 # Of GPUs that torch does not ask for it: about that of the largest.
@@ -95,15 +80,12 @@ class LoraProducts(NamedTuple):
 def serves_groups(gate_up: ProjectionGroup, down: ProjectionGroup, x: torch.Tensor) -> bool:
     """Whether `glu_backward_between` can run for the groups around a gated linear unit, with matrices like `x`.
 
-    It needs an adapter of theirs, tensor cores that Triton knows, and gate and up to be projections of their own; and
-    FP8 in both groups or in neither.
+    It needs an adapter of theirs, tensor cores that Triton knows, and gate and up to be projections of their own.
     """
     ranks = [projection.rank for group in (gate_up, down) for projection in group.projections]
     if not (use_triton(x) and 0 < max(ranks) <= MAX_RANK and len(gate_up.projections) == 2):
         return False
-    if down.has_dropout or gate_up.is_fp8 != down.is_fp8:
-        return False
-    return has_tensor_cores(x)
+    return not down.has_dropout and has_tensor_cores(x)
 
 
 def glu_backward_between(
@@ -121,7 +103,7 @@ def glu_backward_between(
 ) -> LoraProducts:
     """Write the gradient of gate and up into the left part of `extended`, the buffer of `gate_up.output_buffer`, and
     their dY B into its right part, where it has one. `values`, whose first columns are gate and up `[T, 2F]`, may be
-    the same buffer. What a group whose term is separate left out of gate and up, or of `dh`, is added to them.
+    the same buffer.
 
     `low_rank [T, E]` is x A^T of the first group, `down_dy_low_rank [T, E]` and `down_a [E, F]` dY B of the second and
     its A of `prepare`, None where a group has no adapter; h A^T is computed where `needs_down_low_rank`.
@@ -134,7 +116,7 @@ def glu_backward_between(
             narrow.append(None)
         else:
             b = projection.lora_b.detach()
-            narrow.append(Narrow(low_rank[:, ranks], b, beside[:, ranks], gate_up.has_separate_term))
+            narrow.append(Narrow(low_rank[:, ranks], b, beside[:, ranks]))
     down_low_rank = None
     if down_dy_low_rank is None or down_a is None:
         narrow.append(None)
@@ -142,7 +124,7 @@ def glu_backward_between(
         (ranks,) = down.rank_slices
         left, right = down_dy_low_rank[:, ranks], down_a[ranks].t()
         down_low_rank = torch.empty_like(left) if needs_down_low_rank else None
-        narrow.append(Narrow(left, right, down_low_rank, down.has_separate_term))
+        narrow.append(Narrow(left, right, down_low_rank))
     beside.zero_()
     (gate, up), (dgate, dup) = ((t[:, :width], t[:, width : 2 * width]) for t in (values, extended))
     *db, da = glu_lora_backward(dh, gate, up, activation, dgate, dup, narrow=narrow)
@@ -160,7 +142,7 @@ def glu_lora_backward(
     narrow: Sequence[Narrow | None],
 ) -> list[torch.Tensor | None]:
     """Write the gradients of gate and up into `dgate` and `dup`, which may overlay them, and X R of each of `narrow`,
-    that of dgate, dup and h, into its `out`. Where that says so, its product is first added to gate, up and dh.
+    that of dgate, dup and h, into its `out`.
 
     All are rows `[T, F]` with unit stride along F. Other activations raise a ValueError.
     Returns: X^T L `[F, r]` in fp32 (float64 for float64) for each of `narrow`, or None where that is None.
@@ -171,8 +153,7 @@ def glu_lora_backward(
     rows, width = gate.shape
     ranks = [0 if part is None else part.left.shape[1] for part in narrow]
     out_ranks = [0 if part is None or part.out is None else part.left.shape[1] for part in narrow]
-    has_terms = any(part is not None and part.is_left_out for part in narrow)
-    tiling = _tiling(gate, has_h_out=out_ranks[2] > 0, has_terms=has_terms)
+    tiling = _tiling(gate, has_h_out=out_ranks[2] > 0)
     programs = _programs(tiling, gate.device)
     strips = -(-width // tiling.columns)
     chunk = max(_SCRATCH_BYTES // (4 * strips * max(sum(out_ranks), 1)) // tiling.rows, 1) * tiling.rows
@@ -195,11 +176,9 @@ def glu_lora_backward(
     return [None if part is None else value for part, value in zip(narrow, found, strict=True)]
 
 
-def _tiling(x: torch.Tensor, *, has_h_out: bool, has_terms: bool) -> Tiling:
+def _tiling(x: torch.Tensor, *, has_h_out: bool) -> Tiling:
     if torch.version.hip is not None:
         return _TILINGS_AMD[x.dtype.itemsize]
-    if _is_hopper(x) and has_terms:
-        return _TILINGS_HOPPER_TERMS[x.dtype.itemsize]
     if _is_hopper(x) and x.dtype.itemsize == 2:
         return _TILING_HOPPER_H if has_h_out else _TILING_HOPPER
     return _TILINGS[x.dtype.itemsize]
@@ -228,8 +207,7 @@ def _reference(
 ) -> list[torch.Tensor | None]:
     """The definition."""
     h = torch.empty_like(dh)
-    gate_term, up_term, dh_term = (None if part is None else part.term() for part in narrow)
-    low_rank_glu_backward(dh, gate, up, activation, dh_term, gate_term, up_term, dgate, dup, h_out=h)
+    glu_backward(dh, gate, up, activation, dgate, dup, h_out=h)
     found: list[torch.Tensor | None] = []
     for x, part in zip((dgate, dup, h), narrow, strict=True):
         if part is not None and part.right is not None and part.out is not None:
@@ -256,11 +234,11 @@ def _launch(
     arguments, flags = [], {}
     first = out_first = widest = 0
     for name, part in zip(("GATE", "UP", "H"), narrow, strict=True):
-        left, right, out, is_left_out = Narrow(wide[0][:, :0]) if part is None else part
+        left, right, out = Narrow(wide[0][:, :0]) if part is None else part
         rank = left.shape[1]
         right, strides = (left, (0, 0)) if right is None else (right, right.stride())
         arguments += [left, right, rank, first, out_first, *left.stride(), *strides]
-        flags |= {f"HAS_{name}": part is not None, f"HAS_{name}_OUT": out is not None, f"{name}_LACKS": is_left_out}
+        flags |= {f"HAS_{name}": part is not None, f"HAS_{name}_OUT": out is not None}
         first, widest = first + rank, max(rank, widest)
         out_first += rank * flags[f"HAS_{name}_OUT"]
     strips, tiles = strip_sums.shape[0], triton.cdiv(rows, tiling.rows)
@@ -290,16 +268,6 @@ def _store_narrow(base, indices, limit, ranks, rank, stride, value):
 
 
 @jit
-def _with_term(value, left, right, PRECISION: tl.constexpr):
-    """value + left right^T, computed transposed.
-
-    So Triton gives each warp rows of its own where it would give the few that there are to several, to compute the same
-    in registers that nobody has; and `value` is not the start of the product's sum, for which nothing is loaded ahead.
-    """
-    return value + tl.trans(tl.dot(right, tl.trans(left), input_precision=PRECISION))
-
-
-@jit
 def _glu_lora_bwd_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
     gate_left, gate_right, gate_rank, gate_first, gate_out_first, gl_row, gl_rank, gr_row, gr_rank,
@@ -308,9 +276,8 @@ def _glu_lora_bwd_kernel(
     strip_sums, split_sums, num_rows, width, all_tiles, tiles_of_strip, share, all_ranks, all_out_ranks,
     dh_stride, gate_stride, up_stride, dgate_stride, dup_stride,
     ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GATE_OUT: tl.constexpr, HAS_UP: tl.constexpr,
-    HAS_UP_OUT: tl.constexpr, HAS_H: tl.constexpr, HAS_H_OUT: tl.constexpr, GATE_LACKS: tl.constexpr,
-    UP_LACKS: tl.constexpr, H_LACKS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
+    HAS_UP_OUT: tl.constexpr, HAS_H: tl.constexpr, HAS_H_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     first_tile = program * share
@@ -332,19 +299,9 @@ def _glu_lora_bwd_kernel(
             rows = tile * ROWS + tl.arange(0, ROWS)
             live = (rows < num_rows)[:, None] & (cols < width)[None, :]
             wide_rows = rows.to(tl.int64)[:, None]
-            gate_l, up_l, h_l = None, None, None  # each is loaded where it is wanted first
             gate = tl.load(gate_ptr + wide_rows * gate_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-            if GATE_LACKS:
-                gate_l = _narrow_tile(gate_left, rows, num_rows, ranks, gate_rank, gl_row, gl_rank)
-                gate = _with_term(gate, gate_l, gate_r, PRECISION)
             up = tl.load(up_ptr + wide_rows * up_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-            if UP_LACKS:
-                up_l = _narrow_tile(up_left, rows, num_rows, ranks, up_rank, ul_row, ul_rank)
-                up = _with_term(up, up_l, up_r, PRECISION)
             dh = tl.load(dh_ptr + wide_rows * dh_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-            if H_LACKS:
-                h_l = _narrow_tile(h_left, rows, num_rows, ranks, h_rank, hl_row, hl_rank)
-                dh = _with_term(dh, h_l, h_r, PRECISION)
             acted, slope = activate(gate, ACTIVATION)
             # Zeros where the loads gave zeros: without a mask Triton computes each anew in the layout of each product.
             dgate = tl.where(live, dh * up * slope, 0.0).to(dtype)
@@ -354,22 +311,19 @@ def _glu_lora_bwd_kernel(
             tl.store(dgate_ptr + wide_rows * dgate_stride + cols[None, :], dgate, mask=live)
             tl.store(dup_ptr + wide_rows * dup_stride + cols[None, :], dup, mask=live)
             if HAS_GATE:
-                if not GATE_LACKS:
-                    gate_l = _narrow_tile(gate_left, rows, num_rows, ranks, gate_rank, gl_row, gl_rank)
+                gate_l = _narrow_tile(gate_left, rows, num_rows, ranks, gate_rank, gl_row, gl_rank)
                 gate_sum = tl.dot(tl.trans(dgate), gate_l, gate_sum, input_precision=PRECISION)
             if HAS_GATE_OUT:
                 value = tl.dot(dgate, gate_r, input_precision=PRECISION)
                 _store_narrow(strip_part + gate_out_first, rows, num_rows, ranks, gate_rank, all_out_ranks, value)
             if HAS_UP:
-                if not UP_LACKS:
-                    up_l = _narrow_tile(up_left, rows, num_rows, ranks, up_rank, ul_row, ul_rank)
+                up_l = _narrow_tile(up_left, rows, num_rows, ranks, up_rank, ul_row, ul_rank)
                 up_sum = tl.dot(tl.trans(dup), up_l, up_sum, input_precision=PRECISION)
             if HAS_UP_OUT:
                 value = tl.dot(dup, up_r, input_precision=PRECISION)
                 _store_narrow(strip_part + up_out_first, rows, num_rows, ranks, up_rank, all_out_ranks, value)
             if HAS_H:
-                if not H_LACKS:
-                    h_l = _narrow_tile(h_left, rows, num_rows, ranks, h_rank, hl_row, hl_rank)
+                h_l = _narrow_tile(h_left, rows, num_rows, ranks, h_rank, hl_row, hl_rank)
                 h_sum = tl.dot(tl.trans(h), h_l, h_sum, input_precision=PRECISION)
             if HAS_H_OUT:
                 value = tl.dot(h, h_r, input_precision=PRECISION)

@@ -13,7 +13,7 @@ product, exactly, by extending the inner dimension:
 with A = stack(s_i A_i) and B = blockdiag(B_i): one buffer [N + E, K + E] holds W, B and A. Elsewhere both terms are
 added in fp32. A sum of two that are rounded to 16 bits would lose most of the low-rank one: that of the first steps is
 a thousandth of the other, less than half a unit in its last place. A group of frozen weights may ask for FP8 (fp8.py)
-in its two large products; the low-rank path stays in the compute dtype and is added to them.
+in its two large products, which take the low-rank path in as well (fp8_low_rank.py).
 
 Shapes: x [T, K], y [T, N] with N = sum of out features; A_i [r_i, K], B_i [N_i, r_i]; E = sum of ranks, padded.
 Dtypes: matrix products in the compute dtype with fp32 accumulation; gradients of parameters accumulate in fp32 and
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from .dispatch import compute_dtype, no_autocast, rows_of
-from .fp8 import Fp8Matrix, fp8_input_grad, fp8_linear, quantize_rows
+from .fp8 import Fp8Matrix, Fp8Weight, quantize_weight
+from .fp8_low_rank import Term, fp8_input_grad, fp8_linear
 from .kept_weights import KeptForm, KeptWeights
 from .low_rank_fill import fill_low_rank
 from .nf4 import Nf4Weight, dequantize_nf4
@@ -52,7 +53,7 @@ class PreparedGroup:
     b: torch.Tensor | None
     bias: torch.Tensor | None
     joined: torch.Tensor | None
-    fp8: Fp8Matrix | None = None
+    fp8: Fp8Weight | None = None
 
 
 class PreparedGroups:
@@ -118,17 +119,14 @@ def project(
     x: torch.Tensor,
     *,
     extended: torch.Tensor | None = None,
-    fp8: Fp8Matrix | None = None,
     out: torch.Tensor | None = None,
     low_rank: torch.Tensor | None = None,
-    leaves_term: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
     """The joined output of rows `x [T, K]`, outside autograd.
 
     `extended` is the buffer of `input_buffer` whose left part x is; its right part is overwritten. Without one x is
-    copied to one where the product is extended, and x A^T from it, so that the buffer can be freed. `fp8` is x in
-    FP8, for a group that multiplies so, and `low_rank` is x A^T, in the right part of `extended` where there is one;
-    where they are known already. With `leaves_term` y lacks (x A^T) B^T where the group `has_separate_term`.
+    copied to one where the product is extended, and x A^T from it, so that the buffer can be freed. `low_rank` is
+    x A^T, in the right part of `extended` where there is one, where it is known already.
     Returns: (y [T, N], x A^T [T, E] or None, dropout masks); the last two are what the backward needs besides x.
     """
     group = prepared.group
@@ -141,11 +139,12 @@ def project(
     beside = None if extended is None or group.is_fp8 else extended[:, group.in_features :]
     low_rank = low_rank_input(prepared, x, masks, out=beside) if low_rank is None else low_rank
     if prepared.fp8 is not None:
-        fp8_linear(x, prepared.fp8, quantized=fp8, out=y)
+        term = None
+        if low_rank is not None and prepared.b is not None:
+            term = Term(low_rank[:, : group.rank], prepared.b[:, : group.rank])
+        fp8_linear(x, prepared.fp8, term, out=y)
         if prepared.bias is not None:
             y += prepared.bias
-        if low_rank is not None and prepared.b is not None and not (leaves_term and group.has_separate_term):
-            y.addmm_(low_rank, prepared.b.t())
         return y, low_rank, masks
     if prepared.joined is not None and extended is not None and low_rank is not None:
         _linear(extended, prepared.joined[: group.out_features], prepared.bias, y)
@@ -175,13 +174,11 @@ def input_grad(
     extended: torch.Tensor | None = None,
     dy_low_rank: torch.Tensor | None = None,
     needs_dx: bool = True,
-    leaves_term: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dX [T, K] or None, dY B [T, E] or None): the second is what `parameter_grads` needs.
 
     `extended` is the buffer of `output_buffer` whose left part dy is; its right part is overwritten, unless it is
-    `dy_low_rank`, which is dY B where that is known already. With `leaves_term` dX lacks (dY B) A where the group
-    `has_separate_term`.
+    `dy_low_rank`, which is dY B where that is known already.
     """
     group = prepared.group
     if prepared.b is not None and dy_low_rank is None:
@@ -192,9 +189,14 @@ def input_grad(
         return None, dy_low_rank
     if prepared.joined is not None and extended is not None and dy_low_rank is not None and not group.has_dropout:
         return extended @ prepared.joined[:, : group.in_features], dy_low_rank
-    dx = None if prepared.fp8 is None else fp8_input_grad(dy, prepared.fp8)
-    if leaves_term and group.has_separate_term:
-        return dx, dy_low_rank
+    dx = None
+    if prepared.fp8 is not None:
+        term = None
+        if dy_low_rank is not None and prepared.a is not None and not group.has_dropout:
+            term = Term(dy_low_rank[:, : group.rank], prepared.a[: group.rank].t())
+        dx = fp8_input_grad(dy, prepared.fp8, term)
+        if term is not None:
+            return dx, dy_low_rank
     if dy_low_rank is not None and prepared.a is not None:
         if group.has_dropout or (dx is None and _adds_in_16_bits(dy.device, dy.dtype)):
             # All terms, with dropout one for each projection, are added up before the sum is rounded.
@@ -203,7 +205,7 @@ def input_grad(
             for term in terms if dx is None else [dx]:
                 total += term
             return total.to(dy.dtype), dy_low_rank
-        dx = dy_low_rank @ prepared.a if dx is None else dx.addmm_(dy_low_rank, prepared.a)
+        dx = dy_low_rank @ prepared.a
     # Every product but the last adds a rounding as large as the sum so far, so the widest comes last.
     for rows, weight in sorted(prepared.weights, key=lambda part: part[1].shape[0]):
         dx = dy[:, rows] @ weight if dx is None else dx.addmm_(dy[:, rows], weight)
@@ -355,17 +357,18 @@ def _joined_weights(
     return joined
 
 
-def _fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None) -> Fp8Matrix:
-    """W [N, K] in FP8; with its transpose where both stay."""
+def _fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None) -> Fp8Weight:
+    """W [N, K] in FP8, with room for B; with its transpose, and room for A, where both stay."""
     known, remember = _kept_form(group, dtype, kept)
-    fp8 = Fp8Matrix.empty(group.out_features, group.in_features, device) if known is None else known
+    n, k, rank = group.out_features, group.in_features, group.rank
+    fp8 = Fp8Weight(Fp8Matrix.empty(n, k, device, rank=rank)) if known is None else known
     for rows, projection in zip(group.row_slices, group.projections, strict=True):
         if not isinstance(projection.weight, Nf4Weight):
-            quantize_rows(projection.weight.detach(), out=fp8.rows(rows))
+            quantize_weight(projection.weight.detach(), out=fp8.by_output.rows(rows))
         elif known is None:
-            quantize_rows(dequantize_nf4(projection.weight, dtype), out=fp8.rows(rows))
+            quantize_weight(dequantize_nf4(projection.weight, dtype), out=fp8.by_output.rows(rows))
     if known is None and kept is not None and group.is_packed:
-        fp8 = fp8.with_transposed()
+        fp8 = Fp8Weight(fp8.by_output, fp8.transposed(rank))
     remember(fp8)
     return fp8
 
@@ -376,7 +379,7 @@ def _kept_form(group: ProjectionGroup, dtype: torch.dtype, kept: KeptForm | None
     if kept is None or not packed:
         return None, lambda form: None
     is_packed = tuple(p.is_packed for p in group.projections)
-    layout = (group.out_features, group.in_features, group.extension, is_packed, group.is_fp8, dtype)
+    layout = (group.out_features, group.in_features, group.extension, group.rank, is_packed, group.is_fp8, dtype)
     known = kept.find(packed, layout)
     return known, lambda form: None if known is not None else kept.store(packed, layout, form)
 

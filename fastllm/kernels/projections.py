@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .fp8 import MULTIPLE, Fp8Matrix
+from .fp8 import MULTIPLE, row_bytes
 from .nf4 import Nf4Weight
 
 # Columns of the extension are padded to this multiple: narrower ones fall off cuBLAS's fast kernels on wide outputs.
@@ -51,7 +51,8 @@ class ProjectionGroup:
     """
 
     __slots__ = (
-        "extension", "has_dropout", "in_features", "is_fp8", "out_features", "projections", "rank_slices", "row_slices"
+        "extension", "has_dropout", "in_features", "is_fp8", "out_features", "projections", "rank", "rank_slices",
+        "row_slices",
     )  # fmt: skip
 
     def __init__(self, projections: Sequence[Projection], *, is_fp8: bool = False) -> None:
@@ -66,7 +67,7 @@ class ProjectionGroup:
             self.row_slices.append(slice(rows, rows + projection.out_features))
             self.rank_slices.append(slice(ranks, ranks + projection.rank))
             rows, ranks = rows + projection.out_features, ranks + projection.rank
-        self.out_features = rows
+        self.out_features, self.rank = rows, ranks
         self.extension = -(-ranks // EXTENSION_MULTIPLE) * EXTENSION_MULTIPLE
         self.has_dropout = any(p.dropout > 0 and p.rank for p in self.projections)
 
@@ -90,21 +91,13 @@ class ProjectionGroup:
         if not any(projection.is_packed for projection in self.projections):
             return 0
         if self.is_fp8:  # the values, as they are and, unless a dense part changes them, transposed; and the scales
-            return self.out_features * (self.in_features * (1 + self.is_packed) + 4)
+            held = self.out_features * (row_bytes(self.in_features, self.rank) + 4)
+            return held + self.is_packed * self.in_features * (row_bytes(self.out_features, self.rank) + 4)
         return (self.out_features + self.extension) * (self.in_features + self.extension) * dtype.itemsize
 
     def input_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, K + E]` whose left part takes the input, for the extended product; its contents are undefined."""
         return _finite_buffer(like.shape[0], self.in_features + self._spare_columns, dtype, like.device)
-
-    @property
-    def has_separate_term(self) -> bool:
-        """Whether LoRA's term can be left out of the large products, for whoever reads those to add."""
-        return self.is_fp8 and self.extension > 0 and not self.has_dropout
-
-    def fp8_input(self, like: torch.Tensor) -> Fp8Matrix | None:
-        """Where whoever makes the input `[T, K]` leaves it in FP8 as well; None where nobody reads that."""
-        return Fp8Matrix.empty(like.shape[0], self.in_features, like.device) if self.is_fp8 else None
 
     def output_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, N + E]` whose left part takes the output, or its gradient; its contents are undefined."""
@@ -116,7 +109,7 @@ class ProjectionGroup:
 
     @property
     def _spare_columns(self) -> int:
-        return 0 if self.is_fp8 else self.extension  # FP8 products are not extended, and want contiguous results
+        return 0 if self.is_fp8 else self.extension  # FP8 products are extended in FP8, and want contiguous results
 
 
 def fp8_obstacle(projections: Sequence[Projection]) -> str | None:

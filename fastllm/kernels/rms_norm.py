@@ -11,7 +11,6 @@ that a recomputation from s gives the same bits.
 import torch
 
 from .dispatch import jit, launch_on, next_power_of_2, num_warps_for, rows_of, tl, triton, use_triton, vjp
-from .fp8 import Fp8Matrix, e4m3_bits, magnitude_bits, quantize_rows, row_scale
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0) -> torch.Tensor:
@@ -39,12 +38,10 @@ def rms_norm_forward(
     offset: float = 0.0,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    fp8: Fp8Matrix | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows `x [T, D]` (plus `residual`) normalised, outside autograd.
 
-    `out` may be a strided view (the left part of a wider buffer) and sets the dtype of y. `fp8 [T, D]` takes y too, in
-    the bits that `quantize_rows` makes of it.
+    `out` may be a strided view (the left part of a wider buffer) and sets the dtype of y.
     Returns: (y, s, rstd); s is `x` itself without a residual.
     """
     rows, width = x.shape
@@ -54,8 +51,6 @@ def rms_norm_forward(
         y.copy_(rms_norm_reference(total, weight, eps, offset=offset, out_dtype=y.dtype))
         accumulate = torch.promote_types(x.dtype, torch.float32)
         rstd = torch.rsqrt(total.to(accumulate).square().mean(-1) + eps)
-        if fp8 is not None:
-            quantize_rows(y, out=fp8)
         return y, total, rstd
     weight = weight.contiguous()
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -65,11 +60,9 @@ def rms_norm_forward(
     if rows:
         with launch_on(x):
             _rms_norm_fwd_kernel[(triton.cdiv(rows, rows_per_program),)](
-                x, added, weight, total, y, rstd,
-                y if fp8 is None else fp8.values.view(torch.uint8), rstd if fp8 is None else fp8.scales, rows, width,
-                x.stride(0), added.stride(0), total.stride(0), y.stride(0), 0 if fp8 is None else fp8.values.stride(0),
-                eps, offset, HAS_RESIDUAL=residual is not None, HAS_FP8=fp8 is not None,
-                ROWS=rows_per_program, BLOCK=block, num_warps=num_warps,
+                x, added, weight, total, y, rstd, rows, width,
+                x.stride(0), added.stride(0), total.stride(0), y.stride(0), eps, offset,
+                HAS_RESIDUAL=residual is not None, ROWS=rows_per_program, BLOCK=block, num_warps=num_warps,
             )  # fmt: skip
     return y, total, rstd
 
@@ -128,9 +121,9 @@ def _tile(width: int) -> tuple[int, int, int]:
 
 @jit
 def _rms_norm_fwd_kernel(
-    x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, rstd_ptr, values_ptr, scales_ptr, num_rows, width,
-    x_stride, residual_stride, sum_stride, y_stride, values_stride, eps, offset,
-    HAS_RESIDUAL: tl.constexpr, HAS_FP8: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, w_ptr, sum_ptr, y_ptr, rstd_ptr, num_rows, width,
+    x_stride, residual_stride, sum_stride, y_stride, eps, offset,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -148,12 +141,6 @@ def _rms_norm_fwd_kernel(
     y = (x * rstd[:, None] * w[None, :]).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows[:, None] * y_stride + cols[None, :], y, mask=live)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
-    if HAS_FP8:
-        y = y.to(tl.float32)
-        scale, reciprocal = row_scale(tl.max(magnitude_bits(y), axis=1))
-        values = e4m3_bits(y * reciprocal[:, None])
-        tl.store(values_ptr + rows[:, None] * values_stride + cols[None, :], values, mask=live)
-        tl.store(scales_ptr + rows, scale, mask=rows < num_rows)
 
 
 @jit

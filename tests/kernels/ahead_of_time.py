@@ -29,14 +29,14 @@ from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backw
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
-from fastllm.kernels.fp8 import Fp8Matrix, quantize_rows, transposed_values
+from fastllm.kernels.fp8 import Fp8Matrix, Fp8Weight, quantize_weight
+from fastllm.kernels.fp8_low_rank import Term, fp8_input_grad, fp8_linear
 from fastllm.kernels.glu import glu, glu_backward
 from fastllm.kernels.glu_lora_forward import glu_lora_forward
 from fastllm.kernels.host_rows import read_rows
 from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_forward
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
-from fastllm.kernels.low_rank_glu import LowRankTerm, low_rank_glu_backward, low_rank_glu_forward
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
 from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from fastllm.kernels.rope import rope
@@ -48,9 +48,7 @@ TARGETS = {
 }
 ROWS = 3
 # Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
-NEED_TENSOR_CORES = {
-    f"fastllm.kernels.{name}" for name in ("flash_attention", "glu_lora_backward", "glu_lora_forward", "low_rank_glu")
-}
+NEED_TENSOR_CORES = {f"fastllm.kernels.{name}" for name in ("flash_attention", "glu_lora_backward", "glu_lora_forward")}
 
 
 class TargetDriver:
@@ -81,9 +79,6 @@ def launches(dtype: torch.dtype) -> None:
         x, weight = new(ROWS, width, requires_grad=True), new(width, requires_grad=True)
         rms_norm(x, weight, 1e-5).sum().backward()
         _, total, rstd = rms_norm_forward(x.detach(), weight.detach(), 1e-5, residual=new(ROWS, width))
-        for residual in (None, new(ROWS, width)):
-            fp8 = Fp8Matrix.empty(ROWS, width, x.device)
-            rms_norm_forward(x.detach(), weight.detach(), 1e-5, residual=residual, fp8=fp8)
         rms_norm_backward(new(ROWS, width), total, weight.detach(), rstd, 1e-5, residual_grad=new(ROWS, width))
     for width in most_demanding((1152, 4096), dtype):  # of vision towers
         x, weight, bias = (new(*shape, requires_grad=True) for shape in ((ROWS, width), (width,), (width,)))
@@ -104,8 +99,14 @@ def launches(dtype: torch.dtype) -> None:
     for is_nested in (False, True):
         dequantize_nf4(quantized(256, 4096, is_nested=is_nested), dtype)
     for columns in most_demanding((1024, 4096, 28672), dtype):  # widths of projections, alone and joined
-        quantize_rows(new(ROWS, columns))
-        transposed_values(quantize_rows(new(ROWS, columns), factors=torch.ones(columns)))
+        weight = Fp8Weight(Fp8Matrix.empty(64, columns, torch.device("cpu")))
+        quantize_weight(new(64, columns), out=weight.by_output)
+        for rank in (16, 48):
+            inputs, outputs = Term(new(ROWS, rank), new(64, rank)), Term(new(ROWS, rank), new(columns, rank))
+            for term, back in ((None, None), (inputs, outputs)):
+                weight = Fp8Weight(Fp8Matrix.empty(64, columns, torch.device("cpu"), rank=rank))
+                fp8_linear(new(ROWS, columns), weight, term)
+                fp8_input_grad(new(ROWS, 64), weight, back)
     for width in (2304, 4096):
         read_rows(new(ROWS, width), torch.arange(ROWS))
         copy_rows(new(ROWS, width + 16)[:, :width], new(ROWS, width))
@@ -133,13 +134,6 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
         q, k, v = (torch.randn(1, ROWS, heads, width, dtype=dtype).transpose(1, 2) for heads in (8, 2, 2))
         out, lse = flash_attention_forward(q, k, v, scaling=0.1, **everything)
         flash_attention_backward(out, out, lse, q, k, v, scaling=0.1, **everything)
-    for name in most_demanding(sorted(ACTIVATIONS, key="gelu".__eq__), dtype):
-        for rank in most_demanding((16, 64), dtype):
-            h, gate, up = (torch.randn(ROWS, 14336, dtype=dtype) for _ in range(3))
-            left, b, a = torch.randn(ROWS, rank, dtype=dtype), torch.randn(14336, rank), torch.randn(rank, 14336)
-            outputs, inputs = [LowRankTerm(left, b.t())] * 2, LowRankTerm(left, a, 2.0)
-            low_rank_glu_forward(gate, up, name, *outputs, out=h)
-            low_rank_glu_backward(h, gate, up, name, inputs, *outputs, gate, up, h_out=h)
     for rank in (16, 32):
         h, low_rank = torch.randn(ROWS, 14336, dtype=dtype), torch.randn(ROWS, 64, dtype=dtype)
         glu_lora_forward(h, h, "gelu", torch.randn(64, 14336, dtype=dtype), rank, out=h, low_rank=low_rank)
@@ -149,9 +143,8 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
     left, b, a = (torch.empty(*shape, dtype=dtype) for shape in ((rows, rank), (14336, rank), (rank, 14336)))
     around = [glu_lora.Narrow(left, b.float(), left)] * 2
     for last in (glu_lora.Narrow(left), glu_lora.Narrow(left, a.t(), left)):
-        lacking = [part._replace(is_left_out=True) for part in (*around, last._replace(right=a.t()))]
-        for narrow in ([*around, last], lacking):  # of all activations this takes the most registers
-            glu_lora.glu_lora_backward(h, gate, up, "gelu", gate, up, narrow=narrow)
+        # Of all activations this takes the most registers.
+        glu_lora.glu_lora_backward(h, gate, up, "gelu", gate, up, narrow=[*around, last])
     images = {"documents": documents, "causal": False}
     for width in (64, 128):  # of vision towers
         q, k, v = (torch.randn(1, ROWS, 2, width, dtype=dtype).transpose(1, 2) for _ in range(3))

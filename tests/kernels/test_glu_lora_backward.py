@@ -26,36 +26,29 @@ def check_products(
     *,
     ranks: tuple[int | None, int | None, int | None] = (5, 16, 7),
     with_right: tuple[bool, bool, bool] = (True, True, True),
-    left_out: tuple[bool, bool, bool] = (False, False, False),
     activation: str = "silu",
 ) -> None:
-    """The gradients over gate and up inside a wider buffer, and every product, X R in columns of another. Of what is
-    `left_out` of gate, up and dh, the kernel makes the sum."""
+    """The gradients over gate and up inside a wider buffer, and every product, X R in columns of another."""
     wide = setting.randn(rows, 2 * width + 6)
     spare = wide[:, 2 * width :].clone()
     gate, up, dh = wide[:, :width], wide[:, width : 2 * width], setting.randn(rows, width)
     outs = torch.full((3, rows, MAX_RANK + 9), 7.0, dtype=setting.dtype, device=setting.device)
     narrow: list[Narrow | None] = []
-    for rank, has_right, lacks, out in zip(ranks, with_right, left_out, outs, strict=True):
+    for rank, has_right, out in zip(ranks, with_right, outs, strict=True):
         if rank is None:
             narrow.append(None)
             continue
         left = setting.randn(rows, rank + 9)[:, 3 : 3 + rank]
-        right, scale = None, rank**-0.5 if lacks else 1.0
-        if (has_right or lacks) and len(narrow) < 2:  # a B, finer than the rest
-            right = setting.randn(width, rank, scale=scale, dtype=torch.float32)
-        elif has_right or lacks:  # an A
-            right = setting.randn(rank, width, scale=scale).t()
-        narrow.append(Narrow(left, right, out[:, :rank] if has_right else None, lacks))
+        right = None
+        if has_right and len(narrow) < 2:  # a B, finer than the rest
+            right = setting.randn(width, rank, dtype=torch.float32)
+        elif has_right:  # an A
+            right = setting.randn(rank, width).t()
+        narrow.append(Narrow(left, right, out[:, :rank] if has_right else None))
 
     def expected(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        complete = [
-            value.to(dtype) + part.left.to(dtype) @ part.right.to(dtype).t()
-            if part is not None and part.right is not None and part.is_left_out else value.to(dtype)
-            for value, part in zip((gate, up, dh), narrow, strict=True)
-        ]  # fmt: skip
-        inputs = {"gate": complete[0], "up": complete[1]}
-        found = run(lambda gate, up: eager.glu(gate, up, activation), inputs, (complete[2],))
+        inputs = {"gate": gate.to(dtype), "up": up.to(dtype)}
+        found = run(lambda gate, up: eager.glu(gate, up, activation), inputs, (dh.to(dtype),))
         found["h"] = found.pop("y")
         for name, part in zip(NAMES, narrow, strict=True):
             if part is not None:
@@ -102,34 +95,18 @@ def test_without_the_sums_along_columns(setting, with_right):
     check_products(setting, 33, 150, with_right=with_right)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(5, 61), (67, 130)], ids=str)
-def test_with_what_the_products_left_out(setting, shape, activation):
-    check_products(setting, *shape, left_out=(True, True, True), activation=activation)
-
-
-@pytest.mark.parametrize("left_out", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
-@pytest.mark.parametrize("with_right", [(True, True, False), (False, False, False)], ids=str)
-def test_one_that_is_left_out(setting, left_out, with_right):
-    check_products(setting, 33, 100, left_out=left_out, with_right=with_right)
-
-
-def test_left_out_beside_no_adapter(setting):
-    check_products(setting, 33, 100, ranks=(None, 16, None), left_out=(False, True, False))
-
-
-def check_many_programs(setting: Setting, programs: int = 2, **options) -> None:
+def check_many_programs(setting: Setting, programs: int = 2) -> None:
     """Rows in several launches and shares, columns in several strips; programs that pass from one to the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SCRATCH_BYTES", 43008)
         patch.setattr(module, "_tiling", lambda x, **_: module._TILINGS[2])
         patch.setattr(module, "_programs", lambda *_: programs)
-        check_products(setting, 150, 300, **options)
+        check_products(setting, 150, 300)
 
 
-@pytest.mark.parametrize(("is_left_out", "programs"), [(False, 1), (False, 2), (True, 2), (False, 7)])
-def test_many_programs(setting, is_left_out, programs):
-    check_many_programs(setting, programs, left_out=(is_left_out,) * 3)
+@pytest.mark.parametrize("programs", [1, 2, 7])
+def test_many_programs(setting, programs):
+    check_many_programs(setting, programs)
 
 
 def test_no_rows(setting):
@@ -159,15 +136,12 @@ def test_unknown_activation(fp32):
         glu_lora_backward(x, x, x, "relu", x, x, narrow=[None, None, None])
 
 
-def groups(
-    rank: int, *, dropout: float = 0.0, fp8: tuple[bool, bool] = (False, False)
-) -> tuple[ProjectionGroup, ProjectionGroup]:
+def groups(rank: int, *, dropout: float = 0.0) -> tuple[ProjectionGroup, ProjectionGroup]:
     def new(rows: int, columns: int) -> Projection:
         ab = (torch.zeros(rank, columns), torch.zeros(rows, rank)) if rank else (None, None)
         return Projection(torch.zeros(rows, columns), None, *ab, dropout=dropout)
 
-    gate_up, down = fp8
-    return ProjectionGroup([new(32, 16), new(32, 16)], is_fp8=gate_up), ProjectionGroup([new(16, 32)], is_fp8=down)
+    return ProjectionGroup([new(32, 16), new(32, 16)]), ProjectionGroup([new(16, 32)])
 
 
 def test_which_groups_it_serves(monkeypatch, device):
@@ -182,9 +156,6 @@ def test_which_groups_it_serves(monkeypatch, device):
         assert not serves_groups(*groups(0), x)
         assert not serves_groups(*groups(MAX_RANK + 1), x)
         assert not serves_groups(*groups(4, dropout=0.1), x)
-        assert serves_groups(*groups(4, fp8=(True, True)), x)
-        assert not serves_groups(*groups(4, fp8=(True, False)), x)
-        assert not serves_groups(*groups(4, fp8=(False, True)), x)
         if x.is_cuda:
             see_capability(monkeypatch, 7, 5)
             assert not serves_groups(gate_up, down, x)

@@ -239,12 +239,12 @@ LORA = {
         checks(check_follows, dense_edited, dense=True, on="reference"),
     ),
     "low_rank_path_forgotten": Bug(
-        "            y.addmm_(low_rank, prepared.b.t())\n", "            pass\n",
+        "term = Term(low_rank[:, : group.rank], prepared.b[:, : group.rank])", "pass",
         checks(check_fp8_group, "dense", on="reference"),
     ),
     "low_rank_gradient_forgotten": Bug(
-        "dx = dy_low_rank @ prepared.a if dx is None else dx.addmm_(dy_low_rank, prepared.a)",
-        "dx = dy_low_rank @ prepared.a if dx is None else dx", checks(check_fp8_group, "dense", on="reference"),
+        "term = Term(dy_low_rank[:, : group.rank], prepared.a[: group.rank].t())",
+        "return fp8_input_grad(dy, prepared.fp8), dy_low_rank", checks(check_fp8_group, "dense", on="reference"),
     ),
     "bias_forgotten": Bug("            y += prepared.bias\n", "            pass\n",
                           checks(check_fp8_group, "nf4", on="reference")),

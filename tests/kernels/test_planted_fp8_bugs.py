@@ -1,14 +1,12 @@
 """What the tests of FP8 products and kept weights notice: bugs planted in them, as in `test_planted_bugs.py`."""
 
 import pytest
-import torch
 
 from ..planting import Bug
-from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_separate_terms, check_transposed
+from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_transposed, check_weight
+from .test_fp8_low_rank import check_balance, check_left, check_term
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
-from .test_low_rank_glu import check_low_rank_glu, check_terms
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
-from .test_rms_norm import check_fp8
 
 KEPT_WEIGHTS = {
     "writes_go_unnoticed": Bug(
@@ -46,64 +44,55 @@ FP8 = {
                                     checks(check_quantize)),
     "factors_ignored": Bug("HAS_FACTORS=factors is not None", "HAS_FACTORS=False", checks(check_factors)),
     "factors_ignored_in_the_reference": Bug("x.float() * factors", "x.float()", checks(check_factors, on="reference")),
-    "weight_scales_not_in_the_gradient": Bug("quantize_rows(dy, factors=weight.scales)", "quantize_rows(dy)",
-                                             checks(check_products, on="reference")),
-    "weight_scales_twice_in_the_gradient": Bug(
-        "Fp8Matrix(transposed, ones)", "Fp8Matrix(transposed, ones * weight.scales[0])",
-        checks(check_products, on="reference"),
-    ),
+    "weight_scales_twice_in_the_gradient": Bug("found.scales.fill_(1.0)", "found.scales.fill_(float(source.scales[0]))",
+                                               checks(check_products, on="reference")),
+    "small_rows_have_their_own_scale": Bug("HAS_LEAST=at_least is not None", "HAS_LEAST=False", checks(check_weight)),
+    "small_rows_have_their_own_scale_in_the_reference": Bug("torch.maximum(largest, at_least)", "largest",
+                                                            checks(check_weight, on="reference")),
+    "no_room_for_the_term": Bug("largest = tl.maximum(largest, tl.max(magnitude_bits(left), axis=0))", "pass",
+                                checks(check_left)),
+    "low_part_lost": Bug("e4m3_bits(x - _e4m3_value(high))", "e4m3_bits(x - x)", checks(check_left)),
+    "sign_of_the_low_part_lost": Bug("tl.where(bits >= 0x80, -value, value)", "value", checks(check_left)),
+    "small_steps_read_as_normal": Bug("magnitude < 8, magnitude.to", "magnitude < 0, magnitude.to", checks(check_left)),
+    "columns_past_the_ranks_not_written": Bug("mask=(rest >= 3 * rank) & (rest < extension)", "mask=rest < 0",
+                                              checks(check_left)),
+    "no_room_for_the_term_in_the_reference": Bug("torch.maximum(largest, term.abs().amax(1))", "largest",
+                                                 checks(check_left, on="reference")),
     "scales_of_the_input_ignored": Bug("left.dequantized(wide) @", "left.values.to(wide) @",
                                        checks(check_products, on="reference")),
     "tiles_not_transposed": Bug("tl.trans(tile)", "tile", checks(check_transposed, 64, 64)),
 }  # fmt: skip
 
 LORA = {
-    "transposed_weight_goes_stale": Bug("kept is not None and group.is_packed", "kept is not None",
-                                        checks(check_kept, ("nf4", "dense"), on="reference")),
+    "transposed_weight_goes_stale": Bug(
+        "known is None and kept is not None and group.is_packed", "known is None and kept is not None",
+        checks(check_kept, ("nf4", "dense"), on="reference"),
+    ),
 }  # fmt: skip
 PROJECTIONS = {
-    "transposed_weight_is_not_counted": Bug("(self.in_features * (1 + self.is_packed) + 4)", "(self.in_features + 4)",
+    "transposed_weight_is_not_counted": Bug("held + self.is_packed * self.in_features", "held + 0 * self.in_features",
                                             checks(check_kept, ("nf4", "nf4"), on="reference")),
 }  # fmt: skip
-RMS_NORM = {
-    "quantised_before_it_is_rounded": Bug(
-        "y = y.to(tl.float32)\n", "y = x * rstd[:, None] * w[None, :]\n",
-        checks(check_fp8, 33, 257, dtype=torch.float16),
+FP8_LOW_RANK = {
+    "balance_of_the_first_rows": Bug("range(0, parts, 16)", "range(0, 1, 16)", checks(check_balance, 2500, 300)),
+    "right_not_scaled_by_row": Bug("value.to(tl.float32) / scales[:, None]", "value.to(tl.float32)",
+                                   checks(check_balance, 40, 5)),
+    "columns_past_the_ranks_not_written": Bug(
+        "mask=row_live & (rest >= 3 * rank) & (rest < extension)", "mask=row_live & (rest < 0)",
+        checks(check_balance, 40, 5),
     ),
-    "one_scale_for_all_rows": Bug("magnitude_bits(y), axis=1", "magnitude_bits(tl.max(y, axis=0)[None, :]), axis=1",
-                                  checks(check_fp8, 33, 64)),
-    "reference_quantises_the_input": Bug("quantize_rows(y, out=fp8)", "quantize_rows(x, out=fp8)",
-                                         checks(check_fp8, 33, 64, on="reference")),
-}  # fmt: skip
-LOW_RANK_GLU = {
-    "term_of_up_is_gates": Bug(
-        "up_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,\n"
-        "        rows, cols, num_rows, width, HAS_UP, PRECISION,\n    )  # fmt: skip\n    acted, _ =",
-        "gate_left, up_right, up_rank, ul_row, ul_rank, ur_rank, ur_column, up_scaling,\n"
-        "        rows, cols, num_rows, width, HAS_UP, PRECISION,\n    )  # fmt: skip\n    acted, _ =",
-        checks(check_low_rank_glu, 5, 40),
-    ),
-    "scaling_ignored": Bug("(right.to(tl.float32) * scaling)", "right.to(tl.float32)",
-                           checks(check_low_rank_glu, 5, 40)),
-    "only_sixteen_ranks": Bug("range(0, rank, 16)", "range(0, 1, 16)",
-                              checks(check_low_rank_glu, 5, 40, ranks=(17, 33, 20))),
-    "scaling_ignored_in_the_reference": Bug("(self.right * self.scaling)", "self.right",
-                                            checks(check_low_rank_glu, 5, 40, on="reference")),
-    "ranks_of_another_projection": Bug("LowRankTerm(low_rank[:, ranks], right.t())",
-                                       "LowRankTerm(low_rank[:, : right.shape[1]], right.t())",
-                                       checks(check_terms, on="reference")),
-}  # fmt: skip
-DECODER_GLU = {
-    "term_of_hidden_forgotten": Bug("terms = _term_of_hidden(layer, dy_low_rank), *", "terms = None, *",
-                                    checks(check_separate_terms, on="reference")),
-    "terms_of_the_output_forgotten": Bug("layer.activation, *_terms_of_gate_and_up(layer, state), out=out",
-                                         "layer.activation, None, None, out=out",
-                                         checks(check_separate_terms, on="reference")),
+    "low_part_of_the_right_factor_lost": Bug("(rank + ranks)[None, :], low", "(rank + ranks)[None, :], high",
+                                             checks(check_balance, 40, 5)),
+    "zeros_balanced": Bug("tl.where(largest == 0, 0.0, balance)", "balance", checks(check_balance, 40, 5)),
+    "reference_not_scaled_by_row": Bug("right.float() / matrix.scales[:, None]", "right.float()",
+                                       checks(check_term, 0.02, on="reference")),
+    "term_forgotten": Bug("    if term is None:\n        return", "    if term is None or True:\n        return",
+                          checks(check_term, 0.02, on="reference")),
+    "factors_forgotten": Bug("weight.by_output.scales, term, None)", "None, term, None)",
+                             checks(check_term, 0.02, on="reference")),
 }  # fmt: skip
 BUGS = {
-    "low_rank_glu": LOW_RANK_GLU,
-    "decoder_glu": DECODER_GLU,
-    "rms_norm": RMS_NORM,
+    "fp8_low_rank": FP8_LOW_RANK,
     "kept_weights": KEPT_WEIGHTS,
     "fp8": FP8,
     "lora": LORA,

@@ -5,7 +5,6 @@ import pytest
 from fastllm.kernels.layer_definition import Keep
 
 from ..planting import Bug
-from .test_fp8 import check_fused_terms
 from .test_glu import check_glu, check_overlay
 from .test_glu_lora_backward import check_many_programs, check_products
 from .test_glu_lora_forward import check_forward
@@ -35,17 +34,6 @@ GLU_LORA = {
     "first_strip_of_a_share_only": Bug(
         "tl.cdiv(last_tile, tiles_of_strip))", "first_tile // tiles_of_strip + 1)", checks(check_many_programs)
     ),
-    "term_of_up_added_to_dh": Bug("dh = _with_term(dh, h_l, h_r", "dh = _with_term(dh, up_l, up_r",
-                                  checks(check_products, 5, 97, left_out=(True, True, True))),
-    "terms_that_nothing_lacks": Bug(
-        "b, beside[:, ranks], gate_up.has_separate_term)", "b, beside[:, ranks], True)", layer("llama_nf4", on="triton")
-    ),
-    "term_of_hidden_forgotten": Bug(
-        "Narrow(left, right, down_low_rank, down.has_separate_term)", "Narrow(left, right, down_low_rank)",
-        checks(check_fused_terms, on="reference"),
-    ),
-    "reference_without_terms": Bug("if not self.is_left_out:", "if True:",
-                                   checks(check_products, 5, 97, left_out=(True, True, True), on="reference")),
     "reference_without_h": Bug("h_out=h)", "h_out=h.zero_() + 1)", checks(check_products, 5, 97, on="reference")),
     "ranks_of_another_projection": Bug(
         "Narrow(low_rank[:, ranks], b,", "Narrow(low_rank[:, : projection.rank], b,",

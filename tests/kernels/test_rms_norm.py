@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 
-from fastllm.kernels.fp8 import Fp8Matrix, quantize_rows
 from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward, rms_norm_reference
 
 from . import eager
@@ -149,41 +148,6 @@ def test_output_dtype_follows_out(setting):
         rms_norm_forward(x, weight, EPS, out=y)
     plain, truth = eager.rms_norm(x, weight, EPS), eager.rms_norm(x.double(), weight.double(), EPS)
     assert_parity("y", y, plain.to(setting.dtype), truth, LIMITS["y"])
-
-
-def check_fp8(setting: Setting, rows: int, width: int, *, has_residual: bool = False, offset: float = 0.0) -> None:
-    """y in FP8 has the bits that quantising makes of the rounded y, which stays what it is."""
-    x, weight = uneven_rows(setting, rows, width), setting.randn(width) + 1
-    x[rows // 2] = 0
-    residual = setting.randn(rows, width) if has_residual else None
-    buffer = torch.empty(rows, width + 5, device=x.device, dtype=setting.dtype)
-    with setting.active():
-        plain, *_ = rms_norm_forward(x, weight, EPS, offset=offset, residual=residual)
-        whole = Fp8Matrix.empty(rows + 2, width, x.device)
-        found = whole.rows(slice(1, rows + 1))
-        y, *_ = rms_norm_forward(x, weight, EPS, offset=offset, residual=residual, out=buffer[:, :width], fp8=found)
-        expected = quantize_rows(plain)
-    assert y.equal(plain) and (whole.scales.isnan() == torch.tensor([1, *[0] * rows, 1], device=x.device)).all()
-    if not found.scales.equal(expected.scales):
-        raise OverLimit("other scales")
-    if not found.values.view(torch.uint8).equal(expected.values.view(torch.uint8)):
-        raise OverLimit("other values")
-
-
-@pytest.mark.parametrize("has_residual", [False, True])
-@pytest.mark.parametrize("shape", [(1, 16), (7, 100), (33, 257), (3, 2049)], ids=str)
-def test_in_fp8_too(setting, shape, has_residual):
-    check_fp8(setting, *shape, has_residual=has_residual, offset=float(has_residual))
-
-
-def test_what_is_not_finite_stays_visible_in_fp8(setting):
-    x = setting.randn(3, 100)
-    x[1, 7] = float("nan")
-    with setting.active():
-        found = Fp8Matrix.empty(3, 100, x.device)
-        rms_norm_forward(x, torch.ones_like(x[0]), EPS, fp8=found)
-    values = found.dequantized(torch.float32)
-    assert values[1].isnan().all() and values[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
