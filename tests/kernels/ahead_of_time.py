@@ -39,6 +39,7 @@ from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_en
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
 from fastllm.kernels.low_rank_glu import LowRankTerm, low_rank_glu_backward, low_rank_glu_forward
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
+from fastllm.kernels.norm_lora import rms_norm_with_product
 from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from fastllm.kernels.rope import rope
 from fastllm.kernels.row_copy import copy_rows
@@ -51,7 +52,7 @@ ROWS = 3
 # Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
 NEED_TENSOR_CORES = {
     f"fastllm.kernels.{name}"
-    for name in ("copy_lora", "flash_attention", "glu_lora_backward", "glu_lora_forward", "low_rank_glu")
+    for name in ("copy_lora", "flash_attention", "glu_lora_backward", "glu_lora_forward", "low_rank_glu", "norm_lora")
 }
 
 
@@ -147,10 +148,12 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
         glu_lora_forward(h, h, "gelu", torch.randn(64, 14336, dtype=dtype), rank, out=h, low_rank=low_rank)
     for rank in (16, 32, 64):
         for x_dtype in {dtype, torch.float32}:
-            x = torch.randn(ROWS, 4096, dtype=x_dtype)
+            x, residual = torch.randn(2, ROWS, 4096, dtype=x_dtype)
             wide, a = torch.randn(ROWS, 4096 + 64, dtype=dtype), torch.randn(64, 4096, dtype=dtype)
             given = {"out": wide[:, :4096], "low_rank": wide[:, 4096:], "kept": torch.randn(ROWS, 64, dtype=dtype)}
             copy_with_product(x, a, rank, **given)
+            for added in (None, residual):
+                rms_norm_with_product(x, x[0], 1e-5, a, rank, residual=added, **given)
     rank = glu_lora.MAX_RANK
     rows = 8192  # as many as make the program go from strip to strip
     h, gate, up = (torch.empty(rows, 14336, dtype=dtype) for _ in range(3))
