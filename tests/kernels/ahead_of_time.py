@@ -26,6 +26,7 @@ import fastllm.kernels
 from fastllm.kernels import adam_8bit
 from fastllm.kernels import glu_lora_backward as glu_lora
 from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backward
+from fastllm.kernels.copy_lora import copy_with_product
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
@@ -38,6 +39,7 @@ from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_no
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
+from fastllm.kernels.norm_lora import rms_norm_with_product
 from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from fastllm.kernels.rope import rope
 from fastllm.kernels.row_copy import copy_rows
@@ -48,7 +50,10 @@ TARGETS = {
 }
 ROWS = 3
 # Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
-NEED_TENSOR_CORES = {f"fastllm.kernels.{name}" for name in ("flash_attention", "glu_lora_backward", "glu_lora_forward")}
+NEED_TENSOR_CORES = {
+    f"fastllm.kernels.{name}"
+    for name in ("copy_lora", "flash_attention", "glu_lora_backward", "glu_lora_forward", "norm_lora")
+}
 
 
 class TargetDriver:
@@ -137,6 +142,14 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
     for rank in (16, 32):
         h, low_rank = torch.randn(ROWS, 14336, dtype=dtype), torch.randn(ROWS, 64, dtype=dtype)
         glu_lora_forward(h, h, "gelu", torch.randn(64, 14336, dtype=dtype), rank, out=h, low_rank=low_rank)
+    for rank in (16, 32, 64):
+        for x_dtype in {dtype, torch.float32}:
+            x, residual = torch.randn(2, ROWS, 4096, dtype=x_dtype)
+            wide, a = torch.randn(ROWS, 4096 + 64, dtype=dtype), torch.randn(64, 4096, dtype=dtype)
+            given = {"out": wide[:, :4096], "low_rank": wide[:, 4096:], "kept": torch.randn(ROWS, 64, dtype=dtype)}
+            copy_with_product(x, a, rank, **given)
+            for added in (None, residual):
+                rms_norm_with_product(x, x[0], 1e-5, a, rank, residual=added, **given)
     rank = glu_lora.MAX_RANK
     rows = 8192  # as many as make the program go from strip to strip
     h, gate, up = (torch.empty(rows, 14336, dtype=dtype) for _ in range(3))
