@@ -35,6 +35,7 @@ from .nf4 import Nf4Weight, dequantize_nf4
 from .products import add_matmul, matmul_fp32
 from .projections import PARAMETERS_PER_PROJECTION, Projection, ProjectionGroup
 from .row_copy import copy_rows
+from .weights_in_turn import WeightsInTurn, spares_memory_in_turn
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +44,7 @@ class PreparedGroup:
 
     `weights` are (columns of y, [n, K]) pairs; `a` [E, K] is stacked and scaled, `b` [N, E] block-diagonal; `joined` is
     the buffer [N + E, K + E] that holds them all where the extended product is possible. `fp8` [N, K] stands for
-    `weights` in a group that asks for it.
+    `weights` in a group that asks for it, and `in_turn` for `weights` and `joined` where they are dequantised in turn.
     """
 
     group: ProjectionGroup
@@ -53,48 +54,66 @@ class PreparedGroup:
     bias: torch.Tensor | None
     joined: torch.Tensor | None
     fp8: Fp8Matrix | None = None
+    in_turn: WeightsInTurn | None = None
 
 
 class PreparedGroups:
     """The groups of a layer, each an attribute of `owner`, prepared when first asked for. `shared` keeps them for the
     backward that follows a recomputation; otherwise they are made anew, so that one group's buffer lives at a time.
-    `kept` holds dequantised weights from pass to pass. `rows`: of the inputs."""
+    `kept` holds dequantised weights from pass to pass. With `in_turn` the weights of a group that is not kept are
+    dequantised one after the other where that spares memory. `rows`: of the inputs."""
 
     def __init__(
-        self, owner: Any, dtype: torch.dtype, kept: KeptWeights | None = None, *, rows: int, shared: bool
+        self,
+        owner: Any,
+        dtype: torch.dtype,
+        kept: KeptWeights | None = None,
+        *,
+        rows: int,
+        shared: bool,
+        in_turn: bool = False,
     ) -> None:
         self._owner, self._dtype, self._kept, self._rows, self._shared = owner, dtype, kept, rows, shared
+        self._in_turn = in_turn
         self._made: dict[str, PreparedGroup] = {}
 
     def take(self, name: str, *, last: bool = False) -> PreparedGroup:
         """The group called so; nobody asks for it again after the `last` time."""
         made = self._made.pop(name, None)
         if made is None:
+            group: ProjectionGroup = getattr(self._owner, name)
             kept = None if self._kept is None else self._kept.form(name)
-            made = prepare(getattr(self._owner, name), self._dtype, rows=self._rows, kept=kept)
+            in_turn = self._in_turn and kept is None and spares_memory_in_turn(group, self._rows)
+            made = prepare(group, self._dtype, rows=self._rows, kept=kept, in_turn=in_turn)
         if self._shared and not last:
             self._made[name] = made
         return made
 
 
 def prepare(
-    group: ProjectionGroup, dtype: torch.dtype, *, rows: int = 0, kept: KeptForm | None = None
+    group: ProjectionGroup,
+    dtype: torch.dtype,
+    *,
+    rows: int = 0,
+    kept: KeptForm | None = None,
+    in_turn: bool = False,
 ) -> PreparedGroup:
     """Dequantise or cast the weights of a group, and lay out A and B beside them, for inputs of so many rows.
 
-    `kept` holds the buffer with the dequantised weights from call to call; everything else is written anew.
+    `kept` holds the buffer with the dequantised weights from call to call; everything else is written anew. With
+    `in_turn`, for a group whose weights are all 4-bit and not kept, they are dequantised when they are multiplied.
     """
     projections = group.projections
     n, k, e = group.out_features, group.in_features, group.extension
     device = projections[0].weight.device
     dense = [p.weight.detach() for p in projections if isinstance(p.weight, torch.Tensor) and p.weight.dtype == dtype]
     a = b = joined = fp8 = None
-    is_joined = len(dense) < len(projections) or _pays_to_join(group, dtype, device, rows)
+    is_joined = not in_turn and (len(dense) < len(projections) or _pays_to_join(group, dtype, device, rows))
     if group.is_fp8 or not is_joined:
         if group.is_fp8:
             weights, fp8 = [], _fp8_weights(group, dtype, device, kept)
         else:
-            weights = list(zip(group.row_slices, dense, strict=True))
+            weights = [] if in_turn else list(zip(group.row_slices, dense, strict=True))
         if e:
             a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in ((e, k), (n, e)))
     else:
@@ -110,7 +129,7 @@ def prepare(
             torch.zeros(p.out_features, dtype=dtype, device=device) if p.bias is None else p.bias for p in projections
         ]
         bias = torch.cat([part.detach().to(dtype) for part in parts]) if len(parts) > 1 else parts[0].detach().to(dtype)
-    return PreparedGroup(group, weights, a, b, bias, joined, fp8)
+    return PreparedGroup(group, weights, a, b, bias, joined, fp8, WeightsInTurn(group, dtype, b) if in_turn else None)
 
 
 def project(
@@ -134,7 +153,8 @@ def project(
     group = prepared.group
     y = torch.empty(x.shape[0], group.out_features, dtype=x.dtype, device=x.device) if out is None else out
     masks = dropout_masks(group, x)
-    is_copied = extended is None and prepared.joined is not None and group.extension > 0
+    is_extended = prepared.joined is not None or prepared.in_turn is not None
+    is_copied = extended is None and is_extended and group.extension > 0
     if is_copied:
         extended = group.input_buffer(x, x.dtype)
         x = copy_rows(extended[:, : group.in_features], x)
@@ -151,6 +171,10 @@ def project(
         _linear(extended, prepared.joined[: group.out_features], prepared.bias, y)
         return y, low_rank.clone() if is_copied else low_rank, masks
     bias = prepared.bias
+    if prepared.in_turn is not None:
+        for rows, weight in prepared.in_turn:
+            _linear(x if extended is None else extended, weight, None if bias is None else bias[rows], y[:, rows])
+        return y, low_rank.clone() if is_copied and low_rank is not None else low_rank, masks
     if low_rank is not None and prepared.b is not None and _adds_in_16_bits(x.device, x.dtype):
         for rows, weight in prepared.weights:
             total = add_matmul(matmul_fp32(low_rank, prepared.b[rows].t()), x, weight.t())
@@ -192,6 +216,8 @@ def input_grad(
         return None, dy_low_rank
     if prepared.joined is not None and extended is not None and dy_low_rank is not None and not group.has_dropout:
         return extended @ prepared.joined[:, : group.in_features], dy_low_rank
+    if prepared.in_turn is not None:
+        return _input_grad_in_turn(prepared, prepared.in_turn, dy, dy_low_rank, masks), dy_low_rank
     dx = None if prepared.fp8 is None else fp8_input_grad(dy, prepared.fp8)
     if leaves_term and group.has_separate_term:
         return dx, dy_low_rank
@@ -409,6 +435,25 @@ def _masked_low_rank_grad(
             total = share if total is None else total.add_(share)
     assert total is not None
     return total
+
+
+def _input_grad_in_turn(
+    prepared: PreparedGroup,
+    in_turn: WeightsInTurn,
+    dy: torch.Tensor,
+    dy_low_rank: torch.Tensor | None,
+    masks: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """dX [T, K], whose terms are all added up before the sum is rounded, as in the product of joined weights."""
+    group = prepared.group
+    if dy_low_rank is None or prepared.a is None:
+        dtype = torch.promote_types(dy.dtype, torch.float32)
+        total = torch.zeros(dy.shape[0], group.in_features, dtype=dtype, device=dy.device)
+    else:
+        total = _masked_low_rank_grad(group, dy_low_rank, prepared.a, masks)
+    for rows, weight in in_turn:
+        add_matmul(total, dy[:, rows], weight[:, : group.in_features])
+    return total.to(dy.dtype)
 
 
 class _ProjectGroup(torch.autograd.Function):
