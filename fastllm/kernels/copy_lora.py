@@ -18,6 +18,8 @@ import torch
 from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
 
 _MAX_RANK = 64  # more take the registers that the tile is in
+# Rows from which one pass is the faster way on a GPU: a program takes some, and fewer leave multiprocessors without.
+_LEAST_ROWS = 4096
 
 
 class Tiling(NamedTuple):
@@ -34,9 +36,10 @@ class Tiling(NamedTuple):
 _TILINGS = {2: Tiling(32, 128, 4, 3), 4: Tiling(16, 64, 8, 2)}
 
 
-def serves_rank(rank: int, x: torch.Tensor) -> bool:
-    """Whether kernels that multiply by A can run for matrices like `x`: Triton has to know tensor cores there."""
-    return use_triton(x) and 0 < rank <= _MAX_RANK and has_tensor_cores(x)
+def serves_rows(x: torch.Tensor, rank: int) -> bool:
+    """Whether the kernel can run for rows `x` and pays there: Triton has to know tensor cores."""
+    is_long = x.shape[0] >= _LEAST_ROWS or not x.is_cuda
+    return use_triton(x) and is_long and 0 < rank <= _MAX_RANK and has_tensor_cores(x)
 
 
 def copy_with_product(

@@ -109,7 +109,8 @@ def _forward_pass(
     layer: DecoderLayer, call: LayerCall, x: torch.Tensor, dtype: torch.dtype, keep: Keep | None
 ) -> tuple[torch.Tensor, Activations | None, str]:
     """(y, what a backward reads where it is kept, here or in host memory; the attention kernel)"""
-    weights = PreparedGroups(layer, dtype, call.kept_weights, rows=x.shape[0] * x.shape[1], shared=False)
+    rows, in_turn = x.shape[0] * x.shape[1], call.frees_weights
+    weights = PreparedGroups(layer, dtype, call.kept_weights, rows=rows, shared=False, in_turn=in_turn)
     keep_all, offload = keep is Keep.ALL, call.offload if keep is Keep.OFFLOADED_ATTENTION else None
     state = _activations(layer, call, weights, x, dtype, needs_backward=keep_all, offload=offload)
     y = _mlp_output(layer, weights, state, keep=keep_all).add_(state.middle).view(x.shape)
@@ -138,7 +139,8 @@ def _backward_pass(
     is_fresh = state is None or is_away
     # With the attention half away, only gate and up's weights would be dequantised twice.
     is_shared = is_fresh and (is_away or not call.frees_weights)
-    weights = PreparedGroups(layer, dtype, call.kept_weights, rows=dy.shape[0] * dy.shape[1], shared=is_shared)
+    rows, in_turn = dy.shape[0] * dy.shape[1], call.frees_weights
+    weights = PreparedGroups(layer, dtype, call.kept_weights, rows=rows, shared=is_shared, in_turn=in_turn)
     if is_fresh:
         with replayed(rng, dy.device):
             state = _activations_again(layer, call, weights, state, fetch, dtype, backend)

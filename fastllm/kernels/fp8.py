@@ -26,7 +26,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import jit, launch_on, next_power_of_2, num_warps_for, tl, triton, use_triton
+from .dispatch import (
+    compiles_to_ptx,
+    jit,
+    launch_on,
+    next_power_of_2,
+    num_warps_for,
+    tl,
+    triton,
+    use_triton,
+)
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -143,7 +152,8 @@ def quantize_rows(
             out.values.view(torch.uint8), out.scales, columns, rank, out.extension,
             x.stride(0), *((0, 0) if left is None else left.stride()), out.values.stride(0),
             HAS_FACTORS=factors is not None, HAS_LEFT=left is not None, HAS_LEAST=at_least is not None, BLOCK=block,
-            RANKS=next_power_of_2(rank), EXTENSION=next_power_of_2(out.extension), num_warps=num_warps_for(block),
+            RANKS=next_power_of_2(rank), EXTENSION=next_power_of_2(out.extension), CONVERTS=compiles_to_ptx(x),
+            num_warps=min(num_warps_for(block), max(block // 2048, 4)),
         )  # fmt: skip
     return out
 
@@ -237,11 +247,15 @@ def transpose_values(matrix: Fp8Matrix, *, out: Fp8Matrix) -> None:
 def _quantize_rows_kernel(
     x_ptr, factors_ptr, left_ptr, balance_ptr, least_ptr, values_ptr, scales_ptr, columns, rank, extension, x_stride,
     left_stride, left_rank_stride, values_stride, HAS_FACTORS: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_LEAST: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, EXTENSION: tl.constexpr,
+    HAS_LEAST: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, EXTENSION: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     live = cols < columns
+    if HAS_LEFT:  # what a row takes first is there when the rest of it is
+        ranks = tl.arange(0, RANKS)
+        left = tl.load(left_ptr + row * left_stride + ranks * left_rank_stride, mask=ranks < rank, other=0.0)
+        left = left.to(tl.float32) * tl.load(balance_ptr + ranks, mask=ranks < rank, other=0.0)
     x = tl.load(x_ptr + row * x_stride + cols, mask=live, other=0.0).to(tl.float32)
     if HAS_FACTORS:
         x *= tl.load(factors_ptr + cols, mask=live, other=0.0, eviction_policy="evict_last")  # every row reads them
@@ -250,9 +264,6 @@ def _quantize_rows_kernel(
     if HAS_LEAST:
         largest = tl.maximum(largest, magnitude_bits(tl.load(least_ptr)))
     if HAS_LEFT:
-        ranks = tl.arange(0, RANKS)
-        left = tl.load(left_ptr + row * left_stride + ranks * left_rank_stride, mask=ranks < rank, other=0.0)
-        left = left.to(tl.float32) * tl.load(balance_ptr + ranks, mask=ranks < rank, other=0.0)
         largest = tl.maximum(largest, tl.max(magnitude_bits(left), axis=0))
     scale, reciprocal = row_scale(largest)
     if HAS_LEFT:
@@ -262,7 +273,9 @@ def _quantize_rows_kernel(
         tl.store(target + 2 * rank + ranks, low, mask=ranks < rank)
         rest = tl.arange(0, EXTENSION)
         tl.store(target + rest, tl.zeros((EXTENSION,), tl.uint8), mask=(rest >= 3 * rank) & (rest < extension))
-    tl.store(target + extension + cols, e4m3_bits(x * reciprocal), mask=live)
+    x *= reciprocal
+    values = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if CONVERTS else e4m3_bits(x)
+    tl.store(target + extension + cols, values, mask=live)
     tl.store(scales_ptr + row, scale)
 
 
@@ -285,7 +298,8 @@ def row_scale(largest):
 @jit
 def e4m3_bits(x):
     """fp32 numbers of up to 448 rounded to e4m3, as its bits in uint8."""
-    # To nearest even by integers: as fast as the memory, and the same on every target and in the interpreter.
+    # To nearest even by integers, in the interpreter too, which rounds some values up to a power of two down to half
+    # of it. A GPU's own conversion, of the same bits, is as fast as the memory for many values.
     magnitude = magnitude_bits(x)
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
     # Below 2^-6 the step is 2^-9: adding 2^23 steps leaves their number in the last bits.

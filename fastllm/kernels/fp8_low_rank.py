@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .dispatch import jit, launch_on, next_power_of_2, tl, use_triton
 from .fp8 import (
     Fp8Matrix,
     Fp8Weight,

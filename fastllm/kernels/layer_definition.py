@@ -107,8 +107,9 @@ class LayerCall:
     backend, what to keep, and `offload`, which takes to host memory what is kept there.
 
     `kept_weights` is where dequantised weights stay until the next call; None frees them after use, which
-    `frees_weights` makes a recomputation do, too, before the backward needs them again. `gradient_room` is where the
-    layers of a model find each other's gradients.
+    `frees_weights` makes a recomputation do, too, before the backward needs them again; it also lets the weights of a
+    group be there in turn (weights_in_turn.py). `gradient_room` is where the layers of a model find each other's
+    gradients.
     """
 
     cos: torch.Tensor

@@ -21,14 +21,15 @@ take the parameter's dtype.
 Source: Hu et al., "LoRA", arXiv 2106.09685, section 4.1; scaling of rsLoRA: arXiv 2312.03732.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .copy_lora import copy_with_product, serves_rows
 from .dispatch import compute_dtype, no_autocast, rows_of
-from .fp8 import Fp8Matrix, Fp8Weight, quantize_weight
+from .fp8 import Fp8Weight
 from .fp8_low_rank import Term, fp8_input_grad, fp8_linear
 from .kept_weights import KeptForm, KeptWeights
 from .low_rank_fill import fill_low_rank
@@ -36,6 +37,8 @@ from .nf4 import Nf4Weight, dequantize_nf4
 from .products import add_matmul, matmul_fp32
 from .projections import PARAMETERS_PER_PROJECTION, Projection, ProjectionGroup
 from .row_copy import copy_rows
+from .weight_forms import fp8_weights, joined_weights
+from .weights_in_turn import WeightsInTurn, spares_memory_in_turn
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +47,7 @@ class PreparedGroup:
 
     `weights` are (columns of y, [n, K]) pairs; `a` [E, K] is stacked and scaled, `b` [N, E] block-diagonal; `joined` is
     the buffer [N + E, K + E] that holds them all where the extended product is possible. `fp8` [N, K] stands for
-    `weights` in a group that asks for it.
+    `weights` in a group that asks for it, and `in_turn` for `weights` and `joined` where they are dequantised in turn.
     """
 
     group: ProjectionGroup
@@ -54,52 +57,70 @@ class PreparedGroup:
     bias: torch.Tensor | None
     joined: torch.Tensor | None
     fp8: Fp8Weight | None = None
+    in_turn: WeightsInTurn | None = None
 
 
 class PreparedGroups:
     """The groups of a layer, each an attribute of `owner`, prepared when first asked for. `shared` keeps them for the
     backward that follows a recomputation; otherwise they are made anew, so that one group's buffer lives at a time.
-    `kept` holds dequantised weights from pass to pass. `rows`: of the inputs."""
+    `kept` holds dequantised weights from pass to pass. With `in_turn` the weights of a group that is not kept are
+    dequantised one after the other where that spares memory. `rows`: of the inputs."""
 
     def __init__(
-        self, owner: Any, dtype: torch.dtype, kept: KeptWeights | None = None, *, rows: int, shared: bool
+        self,
+        owner: Any,
+        dtype: torch.dtype,
+        kept: KeptWeights | None = None,
+        *,
+        rows: int,
+        shared: bool,
+        in_turn: bool = False,
     ) -> None:
         self._owner, self._dtype, self._kept, self._rows, self._shared = owner, dtype, kept, rows, shared
+        self._in_turn = in_turn
         self._made: dict[str, PreparedGroup] = {}
 
     def take(self, name: str, *, last: bool = False) -> PreparedGroup:
         """The group called so; nobody asks for it again after the `last` time."""
         made = self._made.pop(name, None)
         if made is None:
+            group: ProjectionGroup = getattr(self._owner, name)
             kept = None if self._kept is None else self._kept.form(name)
-            made = prepare(getattr(self._owner, name), self._dtype, rows=self._rows, kept=kept)
+            in_turn = self._in_turn and kept is None and spares_memory_in_turn(group, self._rows)
+            made = prepare(group, self._dtype, rows=self._rows, kept=kept, in_turn=in_turn)
         if self._shared and not last:
             self._made[name] = made
         return made
 
 
 def prepare(
-    group: ProjectionGroup, dtype: torch.dtype, *, rows: int = 0, kept: KeptForm | None = None
+    group: ProjectionGroup,
+    dtype: torch.dtype,
+    *,
+    rows: int = 0,
+    kept: KeptForm | None = None,
+    in_turn: bool = False,
 ) -> PreparedGroup:
     """Dequantise or cast the weights of a group, and lay out A and B beside them, for inputs of so many rows.
 
-    `kept` holds the buffer with the dequantised weights from call to call; everything else is written anew.
+    `kept` holds the buffer with the dequantised weights from call to call; everything else is written anew. With
+    `in_turn`, for a group whose weights are all 4-bit and not kept, they are dequantised when they are multiplied.
     """
     projections = group.projections
     n, k, e = group.out_features, group.in_features, group.extension
     device = projections[0].weight.device
     dense = [p.weight.detach() for p in projections if isinstance(p.weight, torch.Tensor) and p.weight.dtype == dtype]
     a = b = joined = fp8 = None
-    is_joined = len(dense) < len(projections) or _pays_to_join(group, dtype, device, rows)
+    is_joined = not in_turn and (len(dense) < len(projections) or _pays_to_join(group, dtype, device, rows))
     if group.is_fp8 or not is_joined:
         if group.is_fp8:
-            weights, fp8 = [], _fp8_weights(group, dtype, device, kept)
+            weights, fp8 = [], fp8_weights(group, dtype, device, kept)
         else:
-            weights = list(zip(group.row_slices, dense, strict=True))
+            weights = [] if in_turn else list(zip(group.row_slices, dense, strict=True))
         if e:
             a, b = (torch.empty(shape, dtype=dtype, device=device) for shape in ((e, k), (n, e)))
     else:
-        joined = _joined_weights(group, dtype, device, kept)
+        joined = joined_weights(group, dtype, device, kept)
         weights = [(slice(0, n), joined[:n, :k])]
         if e:
             a, b = joined[n:, :k], joined[:n, k:]
@@ -111,7 +132,7 @@ def prepare(
             torch.zeros(p.out_features, dtype=dtype, device=device) if p.bias is None else p.bias for p in projections
         ]
         bias = torch.cat([part.detach().to(dtype) for part in parts]) if len(parts) > 1 else parts[0].detach().to(dtype)
-    return PreparedGroup(group, weights, a, b, bias, joined, fp8)
+    return PreparedGroup(group, weights, a, b, bias, joined, fp8, WeightsInTurn(group, dtype, b) if in_turn else None)
 
 
 def project(
@@ -132,24 +153,25 @@ def project(
     group = prepared.group
     y = torch.empty(x.shape[0], group.out_features, dtype=x.dtype, device=x.device) if out is None else out
     masks = dropout_masks(group, x)
-    is_copied = extended is None and prepared.joined is not None and group.extension > 0
-    if is_copied:
-        extended = group.input_buffer(x, x.dtype)
-        x = copy_rows(extended[:, : group.in_features], x)
-    beside = None if extended is None or group.is_fp8 else extended[:, group.in_features :]
-    low_rank = low_rank_input(prepared, x, masks, out=beside) if low_rank is None else low_rank
+    is_extended = prepared.joined is not None or prepared.in_turn is not None
+    if extended is None and is_extended and group.extension:
+        extended, low_rank = _extended_copy(prepared, x, masks)
+    elif low_rank is None:
+        beside = None if extended is None or group.is_fp8 else extended[:, group.in_features :]
+        low_rank = low_rank_input(prepared, x, masks, out=beside)
     if prepared.fp8 is not None:
-        term = None
-        if low_rank is not None and prepared.b is not None:
-            term = Term(low_rank[:, : group.rank], prepared.b[:, : group.rank])
-        fp8_linear(x, prepared.fp8, term, out=y)
+        fp8_linear(x, prepared.fp8, _fp8_term(group, low_rank, prepared.b), out=y)
         if prepared.bias is not None:
             y += prepared.bias
         return y, low_rank, masks
     if prepared.joined is not None and extended is not None and low_rank is not None:
         _linear(extended, prepared.joined[: group.out_features], prepared.bias, y)
-        return y, low_rank.clone() if is_copied else low_rank, masks
+        return y, low_rank, masks
     bias = prepared.bias
+    if prepared.in_turn is not None:
+        for rows, weight in prepared.in_turn:
+            _linear(x if extended is None else extended, weight, None if bias is None else bias[rows], y[:, rows])
+        return y, low_rank, masks
     if low_rank is not None and prepared.b is not None and _adds_in_16_bits(x.device, x.dtype):
         for rows, weight in prepared.weights:
             total = add_matmul(matmul_fp32(low_rank, prepared.b[rows].t()), x, weight.t())
@@ -189,11 +211,13 @@ def input_grad(
         return None, dy_low_rank
     if prepared.joined is not None and extended is not None and dy_low_rank is not None and not group.has_dropout:
         return extended @ prepared.joined[:, : group.in_features], dy_low_rank
+    if prepared.in_turn is not None:
+        return _input_grad_in_turn(prepared, prepared.in_turn, dy, dy_low_rank, masks), dy_low_rank
     dx = None
     if prepared.fp8 is not None:
-        term = None
-        if dy_low_rank is not None and prepared.a is not None and not group.has_dropout:
-            term = Term(dy_low_rank[:, : group.rank], prepared.a[: group.rank].t())
+        term = (
+            None if group.has_dropout else _fp8_term(group, dy_low_rank, None if prepared.a is None else prepared.a.t())
+        )
         dx = fp8_input_grad(dy, prepared.fp8, term)
         if term is not None:
             return dx, dy_low_rank
@@ -202,8 +226,8 @@ def input_grad(
             # All terms, with dropout one for each projection, are added up before the sum is rounded.
             total = _masked_low_rank_grad(group, dy_low_rank, prepared.a, masks)
             terms = [matmul_fp32(dy[:, rows], weight) for rows, weight in prepared.weights]
-            for term in terms if dx is None else [dx]:
-                total += term
+            for product in terms if dx is None else [dx]:
+                total += product
             return total.to(dy.dtype), dy_low_rank
         dx = dy_low_rank @ prepared.a
     # Every product but the last adds a rounding as large as the sum so far, so the widest comes last.
@@ -302,6 +326,28 @@ def low_rank_input(
     return out
 
 
+def _extended_copy(
+    prepared: PreparedGroup, x: torch.Tensor, masks: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([x | x A^T] in a new buffer, x A^T once more by itself)"""
+    group = prepared.group
+    extended = group.input_buffer(x, x.dtype)
+    left, right = extended[:, : group.in_features], extended[:, group.in_features :]
+    if prepared.a is not None and not group.has_dropout and serves_rows(x, group.rank):
+        low_rank = torch.empty(right.shape, dtype=x.dtype, device=x.device)
+        copy_with_product(x, prepared.a, group.rank, out=left, low_rank=right, kept=low_rank)
+        return extended, low_rank
+    low_rank_input(prepared, copy_rows(left, x), masks, out=right)
+    return extended, right.clone()
+
+
+def _fp8_term(group: ProjectionGroup, left: torch.Tensor | None, right: torch.Tensor | None) -> Term | None:
+    """LoRA's term of an FP8 product, from x A^T and B [N, E] or from dY B and A^T [K, E]; None without adapter."""
+    if left is None or right is None:
+        return None
+    return Term(left[:, : group.rank], right[:, : group.rank])
+
+
 def project_group(x: torch.Tensor, group: ProjectionGroup) -> torch.Tensor:
     """The joined output `[..., N]` of `x [..., K]` under autograd, with gradients for x and the trainable tensors.
 
@@ -340,50 +386,6 @@ def _pays_to_join(group: ProjectionGroup, dtype: torch.dtype, device: torch.devi
     return group.extension > 0 and _adds_in_16_bits(device, dtype) and 4 * rows > group.in_features
 
 
-def _joined_weights(
-    group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None
-) -> torch.Tensor:
-    """The buffer [N + E, K + E] with W in place; B and A are still to be written."""
-    known, remember = _kept_form(group, dtype, kept)
-    shape = (group.out_features + group.extension, group.in_features + group.extension)
-    joined = torch.empty(shape, dtype=dtype, device=device) if known is None else known
-    for rows, projection in zip(group.row_slices, group.projections, strict=True):
-        target = joined[rows, : group.in_features]
-        if not isinstance(projection.weight, Nf4Weight):
-            copy_rows(target, projection.weight)
-        elif known is None:
-            dequantize_nf4(projection.weight, dtype, out=target)
-    remember(joined)
-    return joined
-
-
-def _fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.device, kept: KeptForm | None) -> Fp8Weight:
-    """W [N, K] in FP8, with room for B; with its transpose, and room for A, where both stay."""
-    known, remember = _kept_form(group, dtype, kept)
-    n, k, rank = group.out_features, group.in_features, group.rank
-    fp8 = Fp8Weight(Fp8Matrix.empty(n, k, device, rank=rank)) if known is None else known
-    for rows, projection in zip(group.row_slices, group.projections, strict=True):
-        if not isinstance(projection.weight, Nf4Weight):
-            quantize_weight(projection.weight.detach(), out=fp8.by_output.rows(rows))
-        elif known is None:
-            quantize_weight(dequantize_nf4(projection.weight, dtype), out=fp8.by_output.rows(rows))
-    if known is None and kept is not None and group.is_packed:
-        fp8 = Fp8Weight(fp8.by_output, fp8.transposed(rank))
-    remember(fp8)
-    return fp8
-
-
-def _kept_form(group: ProjectionGroup, dtype: torch.dtype, kept: KeptForm | None) -> tuple[Any, Callable[[Any], None]]:
-    """What is kept of a group's 4-bit weights, or None, and a function that takes what shall be kept of them."""
-    packed = [p.weight for p in group.projections if isinstance(p.weight, Nf4Weight)]
-    if kept is None or not packed:
-        return None, lambda form: None
-    is_packed = tuple(p.is_packed for p in group.projections)
-    layout = (group.out_features, group.in_features, group.extension, group.rank, is_packed, group.is_fp8, dtype)
-    known = kept.find(packed, layout)
-    return known, lambda form: None if known is not None else kept.store(packed, layout, form)
-
-
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     if bias is None:
         torch.mm(x, weight.t(), out=out)
@@ -412,6 +414,25 @@ def _masked_low_rank_grad(
             total = share if total is None else total.add_(share)
     assert total is not None
     return total
+
+
+def _input_grad_in_turn(
+    prepared: PreparedGroup,
+    in_turn: WeightsInTurn,
+    dy: torch.Tensor,
+    dy_low_rank: torch.Tensor | None,
+    masks: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """dX [T, K], whose terms are all added up before the sum is rounded, as in the product of joined weights."""
+    group = prepared.group
+    if dy_low_rank is None or prepared.a is None:
+        dtype = torch.promote_types(dy.dtype, torch.float32)
+        total = torch.zeros(dy.shape[0], group.in_features, dtype=dtype, device=dy.device)
+    else:
+        total = _masked_low_rank_grad(group, dy_low_rank, prepared.a, masks)
+    for rows, weight in in_turn:
+        add_matmul(total, dy[:, rows], weight[:, : group.in_features])
+    return total.to(dy.dtype)
 
 
 class _ProjectGroup(torch.autograd.Function):

@@ -114,8 +114,8 @@ class ActivationPlanner:
     @property
     def frees_weights(self) -> bool:
         """Whether layers of this forward dequantise their weights once more in the backward, one group at a time, or
-        two where only the MLP is computed again: the largest of a layer need as much memory as all else in it. Small
-        batches, which wait for the host, do not."""
+        two where only the MLP is computed again, and those of a short batch one weight at a time: the largest of a
+        layer need as much memory as all else in it. Small batches, which wait for the host, do not."""
         return self.setting == "offload" and any(keep.is_offloaded for keep in self._plan)
 
     def spares_recordings(self, inputs: int, device: torch.device) -> bool:

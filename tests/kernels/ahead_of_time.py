@@ -30,7 +30,7 @@ from fastllm.kernels.copy_lora import copy_with_product
 from fastllm.kernels.dispatch import backend
 from fastllm.kernels.documents import Documents
 from fastllm.kernels.flash_attention import MAX_HEAD_DIM, flash_attention_backward, flash_attention_forward
-from fastllm.kernels.fp8 import Fp8Matrix, Fp8Weight, quantize_weight
+from fastllm.kernels.fp8 import CAPABILITY, Fp8Matrix, Fp8Weight, quantize_weight
 from fastllm.kernels.fp8_low_rank import Term, fp8_input_grad, fp8_linear
 from fastllm.kernels.glu import glu, glu_backward
 from fastllm.kernels.glu_lora_forward import glu_lora_forward
@@ -39,7 +39,6 @@ from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_no
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
-from fastllm.kernels.norm_lora import rms_norm_with_product
 from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from fastllm.kernels.rope import rope
 from fastllm.kernels.row_copy import copy_rows
@@ -51,9 +50,10 @@ TARGETS = {
 ROWS = 3
 # Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
 NEED_TENSOR_CORES = {
-    f"fastllm.kernels.{name}"
-    for name in ("copy_lora", "flash_attention", "glu_lora_backward", "glu_lora_forward", "norm_lora")
+    f"fastllm.kernels.{name}" for name in ("copy_lora", "flash_attention", "glu_lora_backward", "glu_lora_forward")
 }
+# The same of FP8.
+NEED_FP8 = {f"fastllm.kernels.{name}" for name in ("fp8", "fp8_low_rank")}
 
 
 class TargetDriver:
@@ -103,15 +103,6 @@ def launches(dtype: torch.dtype) -> None:
         activation_backward(dh, gate, name, gate, y_out=dh)
     for is_nested in (False, True):
         dequantize_nf4(quantized(256, 4096, is_nested=is_nested), dtype)
-    for columns in most_demanding((1024, 4096, 28672), dtype):  # widths of projections, alone and joined
-        weight = Fp8Weight(Fp8Matrix.empty(64, columns, torch.device("cpu")))
-        quantize_weight(new(64, columns), out=weight.by_output)
-        for rank in (16, 48):
-            inputs, outputs = Term(new(ROWS, rank), new(64, rank)), Term(new(ROWS, rank), new(columns, rank))
-            for term, back in ((None, None), (inputs, outputs)):
-                weight = Fp8Weight(Fp8Matrix.empty(64, columns, torch.device("cpu"), rank=rank))
-                fp8_linear(new(ROWS, columns), weight, term)
-                fp8_input_grad(new(ROWS, 64), weight, back)
     for width in (2304, 4096):
         read_rows(new(ROWS, width), torch.arange(ROWS))
         copy_rows(new(ROWS, width + 16)[:, :width], new(ROWS, width))
@@ -131,6 +122,17 @@ def launches(dtype: torch.dtype) -> None:
         linear_token_losses(hidden.detach(), head, labels, transform=transform, statistics=("entropy", "is_top1"))
 
 
+def fp8_launches(dtype: torch.dtype) -> None:
+    """Products of weights as wide as projections are, alone and joined, with adapters and without."""
+    new = functools.partial(torch.randn, dtype=dtype)
+    for columns in most_demanding((1024, 4096, 28672), dtype):
+        for rank in (0, 16, 48):
+            weight = Fp8Weight(Fp8Matrix.empty(64, columns, torch.device("cpu"), rank=rank))
+            quantize_weight(new(64, columns), out=weight.by_output)
+            fp8_linear(new(ROWS, columns), weight, Term(new(ROWS, rank), new(64, rank)) if rank else None)
+            fp8_input_grad(new(ROWS, 64), weight, Term(new(ROWS, rank), new(columns, rank)) if rank else None)
+
+
 def tensor_core_launches(dtype: torch.dtype) -> None:
     """Heads of every size served, with all that takes registers: packed documents, windows, capped scores."""
     documents = Documents.from_position_ids(torch.tensor([[0, 1, 0]]), 1)
@@ -144,12 +146,10 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
         glu_lora_forward(h, h, "gelu", torch.randn(64, 14336, dtype=dtype), rank, out=h, low_rank=low_rank)
     for rank in (16, 32, 64):
         for x_dtype in {dtype, torch.float32}:
-            x, residual = torch.randn(2, ROWS, 4096, dtype=x_dtype)
+            x = torch.randn(ROWS, 4096, dtype=x_dtype)
             wide, a = torch.randn(ROWS, 4096 + 64, dtype=dtype), torch.randn(64, 4096, dtype=dtype)
             given = {"out": wide[:, :4096], "low_rank": wide[:, 4096:], "kept": torch.randn(ROWS, 64, dtype=dtype)}
             copy_with_product(x, a, rank, **given)
-            for added in (None, residual):
-                rms_norm_with_product(x, x[0], 1e-5, a, rank, residual=added, **given)
     rank = glu_lora.MAX_RANK
     rows = 8192  # as many as make the program go from strip to strip
     h, gate, up = (torch.empty(rows, 14336, dtype=dtype) for _ in range(3))
@@ -179,11 +179,19 @@ def has_tensor_cores(target: GPUTarget) -> bool:
     return target.backend == "hip" or target.arch >= 80
 
 
+def has_fp8(target: GPUTarget) -> bool:
+    """Whether torch has row-wise scaled products in FP8 for the target."""
+    major, minor = CAPABILITY
+    return target.backend == "cuda" and target.arch >= 10 * major + minor
+
+
 def kernels_of_the_package(target: GPUTarget) -> Iterator[JITFunction]:
     """Every `@jit` function that is launched; those called from others are compiled inside them."""
     found = []
     for info in pkgutil.iter_modules(fastllm.kernels.__path__, "fastllm.kernels."):
         if info.name in NEED_TENSOR_CORES and not has_tensor_cores(target):
+            continue
+        if info.name in NEED_FP8 and not has_fp8(target):
             continue
         found += [v for v in vars(importlib.import_module(info.name)).values() if isinstance(v, JITFunction)]
     called = {name for kernel in found for name in kernel.fn.__code__.co_names}
@@ -235,6 +243,8 @@ def main(target: GPUTarget) -> None:
             launches(dtype)
             if has_tensor_cores(target):
                 tensor_core_launches(dtype)
+            if has_fp8(target):
+                fp8_launches(dtype)
     unique = {id(kernel): (name, kernel) for name, kernel in compiled}
     json.dump(
         {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastllm.kernels.copy_lora import copy_with_product, serves_rank
+from fastllm.kernels.copy_lora import copy_with_product, serves_rows
 
 from .conftest import see_capability
 from .parity import Limit, OverLimit, Setting, assert_parity
@@ -86,13 +86,14 @@ def test_no_rows(fp32):
     check_copy(fp32, 0, 32)
 
 
-def test_which_ranks_it_serves(monkeypatch, device):
-    x = torch.zeros(3, 32, device=device)
+def test_which_rows_it_serves(monkeypatch, device):
+    x = torch.zeros(4096, 32, device=device)
     with Setting("triton", torch.float32, device).active():
-        assert serves_rank(1, x) and serves_rank(64, x)
-        assert not serves_rank(0, x) and not serves_rank(65, x)
+        assert serves_rows(x, 1) and serves_rows(x, 64)
+        assert not serves_rows(x, 0) and not serves_rows(x, 65)
+        assert serves_rows(x[:4095], 16) == (not x.is_cuda)
         if x.is_cuda:
             see_capability(monkeypatch, 7, 5)
-            assert not serves_rank(16, x)
+            assert not serves_rows(x, 16)
     with Setting("reference", torch.float32, device).active():
-        assert not serves_rank(16, x)
+        assert not serves_rows(x, 16)

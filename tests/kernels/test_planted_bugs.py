@@ -233,11 +233,6 @@ LORA = {
         "    if a is not None and b is not None:\n", "    if a is not None and b is not None and a.isnan().any():\n",
         checks(check_follows, adapters_trained, on="reference"),
     ),
-    "dense_weight_kept": Bug(
-        "if not isinstance(projection.weight, Nf4Weight):\n            copy_rows",
-        "if known is None and not isinstance(projection.weight, Nf4Weight):\n            copy_rows",
-        checks(check_follows, dense_edited, dense=True, on="reference"),
-    ),
     "low_rank_path_forgotten": Bug(
         "term = Term(low_rank[:, : group.rank], prepared.b[:, : group.rank])", "pass",
         checks(check_fp8_group, "dense", on="reference"),
@@ -474,10 +469,18 @@ HOST = {
     ),
 }  # fmt: skip
 
+WEIGHT_FORMS = {
+    "dense_weight_kept": Bug(
+        "if not isinstance(projection.weight, Nf4Weight):\n            copy_rows",
+        "if known is None and not isinstance(projection.weight, Nf4Weight):\n            copy_rows",
+        checks(check_follows, dense_edited, dense=True, on="reference"),
+    ),
+}  # fmt: skip
 BUGS = {
     "rms_norm": RMS_NORM, "layer_norm": LAYER_NORM, "rope": ROPE, "activation": ACTIVATION, "nf4": NF4,
     "lora": LORA, "low_rank_fill": LOW_RANK_FILL, "linear_cross_entropy": LOSS, "attention": ATTENTION,
     "decoder_layer": LAYER, "normed_input": NORMED_INPUT, "decoder_activations": HOST, "vision_block": BLOCK,
+    "weight_forms": WEIGHT_FORMS,
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ FP8 = {
     "tiles_not_transposed": Bug("tl.trans(tile)", "tile", checks(check_transposed, 64, 64)),
 }  # fmt: skip
 
-LORA = {
+WEIGHT_FORMS = {
     "transposed_weight_goes_stale": Bug(
         "known is None and kept is not None and group.is_packed", "known is None and kept is not None",
         checks(check_kept, ("nf4", "dense"), on="reference"),
@@ -95,7 +95,7 @@ BUGS = {
     "fp8_low_rank": FP8_LOW_RANK,
     "kept_weights": KEPT_WEIGHTS,
     "fp8": FP8,
-    "lora": LORA,
+    "weight_forms": WEIGHT_FORMS,
     "projections": PROJECTIONS,
 }
 

@@ -1,11 +1,9 @@
 """What the tests of LoRA's narrow products notice that are made while their rows are written."""
 
 import pytest
-import torch
 
 from ..planting import Bug
 from .test_copy_lora import check_copy
-from .test_norm_lora import check_norm
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
 
 COPY_LORA = {
@@ -20,24 +18,7 @@ COPY_LORA = {
         "torch.mm(y, a[:rank].t()", "torch.mm(y, a[:rank].flip(0).t()", checks(check_copy, 5, 70, on="reference")
     ),
 }  # fmt: skip
-
-NORM_LORA = {
-    "squares_of_the_last_columns_only": Bug(
-        "squares = tl.fma(s, s, squares)", "squares = s * s", checks(check_norm, 5, 300)
-    ),
-    "squares_of_what_is_not_yet_rounded": Bug(
-        "s = rounded.to(tl.float32)", "s += 0.0", checks(check_norm, 19, 70, dtype=torch.float16)
-    ),
-    "first_columns_left_out": Bug("(width - 1) // COLUMNS", "width // COLUMNS", checks(check_norm, 5, 128)),
-    "product_of_the_sum": Bug("tl.dot(y, tl.trans(a)", "tl.dot(s, tl.trans(a)", checks(check_norm, 5, 70)),
-    "offset_forgotten": Bug(".to(tl.float32) + offset", ".to(tl.float32)", checks(check_norm, 5, 70, offset=1.0)),
-    "product_in_one_place_only": Bug("HAS_KEPT=kept is not None", "HAS_KEPT=False", checks(check_norm, 5, 70)),
-    "reference_without_residual": Bug(
-        "offset=offset, residual=residual, out=out)", "offset=offset, out=out)",
-        checks(check_norm, 5, 70, on="reference"),
-    ),
-}  # fmt: skip
-BUGS = {"copy_lora": COPY_LORA, "norm_lora": NORM_LORA}
+BUGS = {"copy_lora": COPY_LORA}
 
 
 @pytest.mark.parametrize(("module", "bug"), [
