@@ -30,6 +30,8 @@ from .soft_cap import soft_capped
 IGNORE_INDEX = -100
 MIN_CHUNK_ROWS = 1024
 _CHUNK_ELEMENTS = 2**27
+# Logits of a chunk where memory counts more than time.
+_FEW_ELEMENTS = 2**25
 _BLOCK = 4096
 
 
@@ -91,13 +93,20 @@ def linear_cross_entropy(
     transform: LogitTransform = PLAIN_LOGITS,
     ignore_index: int = IGNORE_INDEX,
     valid_rows: int | None = None,
+    spares_memory: bool = False,
 ) -> torch.Tensor:
     """Sum of the rows' negative log-likelihoods over `num_items` (the number of labels that are not ignored).
 
     `valid_rows`, that number on the host, lets ignored rows be skipped. Gradients flow to hidden and to each trainable
     tensor of the head (weight, bias, LoRA). A batch without labels gives an exact zero with zero gradients.
+    `spares_memory` takes the rows of a short batch in smaller chunks, but in deterministic mode, where bits count.
     """
-    total = _LinearNll.apply(hidden, head, labels, transform, ignore_index, valid_rows, True, (), *head.parameters())[0]
+    chunk = chunk_rows(head.out_features)
+    if spares_memory and hidden.shape[0] <= MIN_CHUNK_ROWS and not torch.are_deterministic_algorithms_enabled():
+        chunk = min(chunk, few_rows(head.out_features))
+    total = _LinearNll.apply(
+        hidden, head, labels, transform, ignore_index, valid_rows, True, (), chunk, *head.parameters()
+    )[0]
     if num_items is None:
         num_items = (labels != ignore_index).sum()
     return total / (num_items + (num_items == 0))  # without labels: 0 / 1
@@ -115,11 +124,13 @@ def linear_token_losses(
 ) -> TokenLosses:
     """The loss of each row [T], with `statistics` from {"entropy", "is_top1"}; nll is differentiable row by row."""
     reject_unknown("statistics of linear_token_losses", statistics, TokenLosses._fields[1:])
+    chunk = chunk_rows(head.out_features)
     return TokenLosses(
         *_LinearNll.apply(
-            hidden, head, labels, transform, ignore_index, valid_rows, False, tuple(statistics), *head.parameters()
+            hidden, head, labels, transform, ignore_index, valid_rows, False, tuple(statistics), chunk,
+            *head.parameters(),
         )
-    )
+    )  # fmt: skip
 
 
 def token_losses_reference(
@@ -139,6 +150,11 @@ def token_losses_reference(
 def chunk_rows(vocab_size: int) -> int:
     """Rows of a chunk: about 2^27 logits, never fewer than 1,024 rows."""
     return max(MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // vocab_size // 256 * 256)
+
+
+def few_rows(vocab_size: int) -> int:
+    """Rows of a small chunk: about 2^25 logits."""
+    return max(_FEW_ELEMENTS // vocab_size // 64 * 64, 64)
 
 
 def _token_losses(
@@ -280,10 +296,10 @@ class _LinearNll(torch.autograd.Function):
     forward for the sum (one upstream factor for all rows) and from recomputed logits for per-row losses."""
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, transform, ignore_index, valid_rows, as_sum, statistics, *parameters):
+    def forward(ctx, hidden, head, labels, transform, ignore_index, valid_rows, as_sum, statistics, chunk, *parameters):
         if head.has_dropout:
             raise ValueError("dropout on a head is not part of this op: it would drop the inputs of the loss")
-        needs_hidden, needs_head = ctx.needs_input_grad[0], ctx.needs_input_grad[8:]
+        needs_hidden, needs_head = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
         rows, dtype = hidden.shape[0], compute_dtype(hidden, head.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         kept, count = None, rows
@@ -298,7 +314,7 @@ class _LinearNll(torch.autograd.Function):
         sums = _HeadGradients(head, needs_head) if head_now else None
         with no_autocast(hidden.device.type):
             prepared = prepare(head, dtype)
-            for part in _chunks(count, head.out_features):
+            for part in _chunks(count, chunk):
                 picked = part if kept is None else kept[part]
                 h, y = hidden[picked].to(dtype), labels[picked]
                 logits, low_rank, _ = project(prepared, h)
@@ -314,7 +330,7 @@ class _LinearNll(torch.autograd.Function):
                     sums.add(prepared, logits, h, low_rank)
         ctx.save_for_backward(hidden, labels, kept, dhidden, *(sums.sums if sums else ()), *parameters)
         ctx.head, ctx.transform, ctx.ignore_index, ctx.dtype = head, transform, ignore_index, dtype
-        ctx.as_sum, ctx.num_sums = as_sum, len(sums.sums) if sums else 0
+        ctx.as_sum, ctx.num_sums, ctx.chunk = as_sum, len(sums.sums) if sums else 0, chunk
         if as_sum:
             return (nll.sum(),)
         outputs = tuple(_spread(value, kept, rows) for value in (nll, entropy, is_top1))
@@ -324,7 +340,7 @@ class _LinearNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         hidden, labels, kept, dhidden, *rest = ctx.saved_tensors
-        sums, needs_head = rest[: ctx.num_sums], ctx.needs_input_grad[8:]
+        sums, needs_head = rest[: ctx.num_sums], ctx.needs_input_grad[9:]
         per_row = grad if ctx.as_sum else (grad if kept is None else grad[kept])[:, None]
         grad_hidden = None
         if dhidden is not None:
@@ -337,11 +353,10 @@ class _LinearNll(torch.autograd.Function):
                 None if total is None else (total * grad if ctx.as_sum else total).to(p.dtype)
                 for total, p in zip(sums, ctx.head.parameters(), strict=True)
             ]
-        return grad_hidden, *[None] * 7, *head_grads
+        return grad_hidden, *[None] * 8, *head_grads
 
 
-def _chunks(rows: int, vocab: int) -> list[slice]:
-    size = chunk_rows(vocab)
+def _chunks(rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -364,7 +379,7 @@ def _head_gradients_again(
     sums = _HeadGradients(ctx.head, needs)
     with no_autocast(hidden.device.type):
         prepared = prepare(ctx.head, ctx.dtype)
-        for part in _chunks(per_row.shape[0], ctx.head.out_features):
+        for part in _chunks(per_row.shape[0], ctx.chunk):
             picked = part if kept is None else kept[part]
             h, y = hidden[picked].to(ctx.dtype), labels[picked]
             logits, low_rank, _ = project(prepared, h)

@@ -169,8 +169,12 @@ def project(
         return y, low_rank, masks
     bias = prepared.bias
     if prepared.in_turn is not None:
+        source = x if extended is None else extended
         for rows, weight in prepared.in_turn:
-            _linear(x if extended is None else extended, weight, None if bias is None else bias[rows], y[:, rows])
+            if bias is None:
+                torch.mm(source, weight.t(), out=y[:, rows])
+            else:
+                y[:, rows] = matmul_fp32(source, weight.t()).add_(bias[rows])
         return y, low_rank, masks
     if low_rank is not None and prepared.b is not None and _adds_in_16_bits(x.device, x.dtype):
         for rows, weight in prepared.weights:

@@ -361,6 +361,7 @@ def _fused_loss(model: Any, labels: torch.Tensor | None, **inputs: Any) -> tuple
     loss = linear_cross_entropy(
         outputs.last_hidden_state.flatten(0, 1), head, targets.flatten(), num_items=num_items,
         transform=logit_transform(model.config), valid_rows=count.get(),
+        spares_memory=getattr(model, PLANNER).frees_weights,
     )  # fmt: skip
     return loss, outputs
 

@@ -116,7 +116,8 @@ def check_term(setting: Setting, size: float, rank: int = 5) -> None:
         if not relative(found, plain + added) <= PRODUCT:
             raise OverLimit(f"{relative(found, plain + added):.4f} off with a term of {size}")
         # Sums in 16 bits round more of a small term than FP8 does; the large one leaves X fewer bits.
-        rounding = torch.finfo(setting.dtype).eps * float(found.norm() / added.norm()) if size else 0.0
+        computed_in = torch.bfloat16 if setting.device.type == "cuda" else setting.dtype
+        rounding = torch.finfo(computed_in).eps * float(found.norm() / added.norm()) if size else 0.0
         if 0 < size < 1 and not relative(found - without, added) <= 0.02 + rounding:
             raise OverLimit(f"a term of {size} is {relative(found - without, added):.4f} off")
         if not size and not found.equal(without):

@@ -14,11 +14,13 @@ from fastllm.kernels.linear_cross_entropy import (
     LabelCount,
     LogitTransform,
     chunk_rows,
+    few_rows,
     linear_cross_entropy,
     linear_token_losses,
 )
 from fastllm.kernels.lora import Projection, ProjectionGroup
 
+from ..determinism import deterministic
 from . import eager
 from .parity import Limit, OverLimit, Setting, check_op, errors_of, wide
 from .quantized import dequantized, quantize
@@ -213,6 +215,36 @@ def test_chunk_size():
     assert chunk_rows(151_936) == 1024
     assert chunk_rows(32_000) * 32_000 == pytest.approx(2**27, rel=0.07)
     assert chunk_rows(2) >= 2**20
+    assert few_rows(256_000) == 128 and few_rows(2**30) == 64
+
+
+def test_small_chunks_where_memory_counts(fp32, monkeypatch):
+    """Of a short batch, and not in deterministic mode, where every way of keeping gives the same bits."""
+    sizes, real = [], module._token_losses
+
+    def noting(logits, *others, **options):
+        sizes.append(len(logits))
+        return real(logits, *others, **options)
+
+    monkeypatch.setattr(module, "_token_losses", noting)
+    monkeypatch.setattr(module, "_FEW_ELEMENTS", 64 * 521)
+    head = ProjectionGroup([Projection(fp32.randn(521, 32))])
+    hidden, labels = fp32.randn(150, 32).requires_grad_(), fp32.integers(0, 520, 150)
+
+    def gradient(**options) -> torch.Tensor:
+        sizes.clear()
+        with fp32.active():
+            return torch.autograd.grad(linear_cross_entropy(hidden, head, labels, **options), hidden)[0]
+
+    expected = gradient()
+    assert sizes == [150]
+    torch.testing.assert_close(gradient(spares_memory=True), expected)
+    assert sizes == [64, 64, 22]
+    with deterministic():
+        assert gradient(spares_memory=True).equal(expected) and sizes == [150]
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 128)
+    gradient(spares_memory=True)
+    assert sizes == [150], "not of a long one"
 
 
 def test_strided_labels(fp32):

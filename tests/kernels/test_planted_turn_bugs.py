@@ -27,8 +27,8 @@ PRODUCTS = {
         checks(check_in_turn, GROUPS["gate_up"], on="reference"),
     ),
     "bias_of_the_first": Bug(
-        "weight, None if bias is None else bias[rows], y[:, rows])\n        return",
-        "weight, None if bias is None else bias[: weight.shape[0]], y[:, rows])\n        return",
+        "y[:, rows] = matmul_fp32(source, weight.t()).add_(bias[rows])",
+        "y[:, rows] = matmul_fp32(source, weight.t()).add_(bias[: weight.shape[0]])",
         checks(check_in_turn, GROUPS["qkv_bias"], on="reference"),
     ),
     "last_term_only": Bug(
