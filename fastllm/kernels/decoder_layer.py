@@ -15,6 +15,7 @@ Source: Touvron et al., "LLaMA", arXiv 2302.13971, section 2.2; norms of query a
 outputs: Gemma Team, "Gemma 2", arXiv 2408.00118, section 2.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -370,9 +371,9 @@ def _backward(
 
     dqkv_extended = layer.qkv.output_buffer(dy, dtype)
     dqkv = dqkv_extended[:, : layer.qkv.out_features]
-    dq_rows, dk_rows, dv_rows = layer.split_heads(dqkv, batch, length)
+    dq_rows, dk_rows, _ = layer.split_heads(dqkv, batch, length)
     rope_apply(_unit_stride(dq), _unit_stride(dk), call.cos, call.sin, dq_rows, dk_rows, inverse=True)
-    dv_rows.copy_(dv)
+    copy_rows(dqkv[:, layer.qkv_columns[2]], dv.transpose(1, 2).reshape(dqkv.shape[0], -1))
     del dq, dk, dv
     if state.qkv_raw is not None:
         norm_grads |= _norm_heads_backward(layer, state, dqkv, needs_norm)
@@ -388,13 +389,15 @@ def _backward(
     )  # fmt: skip
     dx = None
     if dhidden is not None:
-        extended = layer.down.output_buffer(dy, state.x.dtype)  # as the layer before is most likely to want it
+        room = call.gradient_room if needs_dx else None
+        new = layer.down.output_buffer if room is None else functools.partial(room.buffer, layer.down)
+        extended = new(dy, state.x.dtype)  # as the layer before is most likely to want it
         dx, norm_grads["input_norm"] = rms_norm_backward(
             dhidden, state.x, norm.weight, state.input_rstd, norm.eps, offset=norm.offset, residual_grad=dmiddle,
             out=extended[:, : layer.down.out_features], needs_weight_grad=needs_norm["input_norm"],
         )  # fmt: skip
-        if needs_dx and call.gradient_room is not None:
-            call.gradient_room.leave(extended)
+        if room is not None:
+            room.leave(extended)
     typed = []
     for name, norm in layer.norms().items():
         grad = norm_grads[name]

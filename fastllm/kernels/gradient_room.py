@@ -26,6 +26,10 @@ class GradientRoom:
     def __reduce__(self) -> tuple:
         return GradientRoom, ()  # a copied or stored model has its own
 
+    def buffer(self, group: ProjectionGroup, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Where a gradient is written that a layer hands on, with the room that `group` wants beside it."""
+        return group.output_buffer(like, dtype)
+
     def leave(self, buffer: torch.Tensor) -> None:
         """Remember `buffer`, whose left part becomes the gradient that a backward, which runs now, returns."""
         self._buffer = buffer

@@ -5,6 +5,7 @@ Shapes: x [..., rows, D]; boundaries of documents as in `documents.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from .attention import AttentionCase
 from .dispatch import next_power_of_2
 from .documents import Documents
+from .gradient_room import GradientRoom
+from .projections import ProjectionGroup
 
 # Documents of at most this many rows are recorded as if they could have as many: windows of a vision tower.
 _SHORT_DOCUMENTS = 64
@@ -65,17 +68,22 @@ class SharedInputs:
             known = self._scratch[dtype] = torch.empty(numel, dtype=dtype, device=device)
         return known[:numel]
 
-    def gradient(self, like: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    def gradient(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, beside: torch.Tensor
+    ) -> torch.Tensor:
         """Memory for a gradient that the layer before reads, and nobody after it: other than that of `beside`, the
         gradient which it is made of. So two serve all layers, one after the other."""
         for known in self._gradients:
-            is_alike = known.shape == like.shape and known.dtype == like.dtype
+            is_alike = (known.shape, known.dtype) == (torch.Size(shape), dtype)
             if is_alike and known.data_ptr() != beside.data_ptr():
                 return known
-        made = torch.empty_like(like, memory_format=torch.contiguous_format)
+        made = torch.empty(shape, dtype=dtype, device=device)
         self._gradients.append(made)
-        self.hand_on(made)
         return made
+
+    def gradient_at(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """The memory of `gradient` that has its address, if it does."""
+        return next((known for known in self._gradients if known.data_ptr() == gradient.data_ptr()), None)
 
     def fixed(self, x: torch.Tensor) -> torch.Tensor:
         """Where a recording shall read what is in `x` now: where it is handed on, else a copy."""
@@ -85,6 +93,26 @@ class SharedInputs:
         copied = x.new_zeros(shape)
         first_rows(copied, x.shape[-2]).copy_(x.detach())
         return copied
+
+
+class FixedRoom(GradientRoom):
+    """Room for the gradients that recorded layers hand on: at fixed addresses, where the next one reads them."""
+
+    def __init__(self, shared: SharedInputs, beside: torch.Tensor) -> None:
+        super().__init__()
+        self._shared, self._beside = shared, beside
+
+    def buffer(self, group: ProjectionGroup, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._shared.gradient((like.shape[0], group.output_buffer_width), dtype, like.device, self._beside)
+
+    def leave(self, buffer: torch.Tensor) -> None:
+        pass
+
+    def take(self, gradient: torch.Tensor, width: int) -> torch.Tensor | None:
+        known = self._shared.gradient_at(gradient)
+        if known is None or known.shape != (gradient.shape[0], width) or known.stride() != gradient.stride():
+            return None
+        return known
 
 
 class SharedTensor:

@@ -14,6 +14,7 @@ Source: NVIDIA, CUDA C++ Programming Guide, "CUDA Graphs"; torch.cuda.CUDAGraph 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 
 from .dispatch import no_autocast
-from .recorded_inputs import SharedInputs, first_rows, tensors_of, with_tensors
+from .recorded_inputs import FixedRoom, SharedInputs, first_rows, tensors_of, with_tensors
 
 Outputs = list[torch.Tensor]
 # Runs a function once and returns its outputs, and what runs it again into the same outputs.
@@ -172,13 +173,21 @@ class RecordedPass:
         kept = copy.copy(self._kept)  # a backward consumes it, and the recording writes to its tensors again
         if kept is not None:
             kept.attention = copy.copy(kept.attention)
-        dx, grads = self._pass.backward(self._dy, self._x, self._call, kept, self._backend, self._needs)
+        call = self._call
+        if getattr(call, "gradient_room", None) is not None:
+            call = dataclasses.replace(call, gradient_room=FixedRoom(self._shared, self._dy))
+        dx, grads = self._pass.backward(self._dy, self._x, call, kept, self._backend, self._needs)
         written = [grad for grad in grads if grad is not None]
         assert len(written) == len(self.trained)
         if self._grads is None:
             self._grads = _FlatTensors(written, self._shared)
         self._grads.write(written)
-        return [] if dx is None else [self._shared.gradient(dx, beside=self._dy).copy_(dx)]
+        if dx is None:
+            return []
+        if self._shared.gradient_at(dx) is None:
+            dx = self._shared.gradient(dx.shape, dx.dtype, dx.device, beside=self._dy).copy_(dx)
+        self._shared.hand_on(dx)
+        return [dx]
 
 
 class _Ticket:

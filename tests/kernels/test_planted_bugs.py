@@ -234,13 +234,12 @@ LORA = {
         checks(check_follows, adapters_trained, on="reference"),
     ),
     "low_rank_path_forgotten": Bug(
-        "term = Term(low_rank[:, : group.rank], prepared.b[:, : group.rank])", "pass",
+        "prepared.fp8, _fp8_term(group, low_rank, prepared.b), out=y)", "prepared.fp8, out=y)",
         checks(check_fp8_group, "dense", on="reference"),
     ),
-    "low_rank_gradient_forgotten": Bug(
-        "term = Term(dy_low_rank[:, : group.rank], prepared.a[: group.rank].t())",
-        "return fp8_input_grad(dy, prepared.fp8), dy_low_rank", checks(check_fp8_group, "dense", on="reference"),
-    ),
+    "low_rank_gradient_forgotten": Bug("dx = fp8_input_grad(dy, prepared.fp8, term)",
+                                       "dx = fp8_input_grad(dy, prepared.fp8)",
+                                       checks(check_fp8_group, "dense", on="reference")),
     "bias_forgotten": Bug("            y += prepared.bias\n", "            pass\n",
                           checks(check_fp8_group, "nf4", on="reference")),
     "dropout_mask_drawn_again": Bug(

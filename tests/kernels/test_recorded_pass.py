@@ -3,13 +3,18 @@
 import pytest
 import torch
 
+from fastllm.kernels import gradient_room
 from fastllm.kernels.attention import AttentionCase
+from fastllm.kernels.decoder_layer import DecoderPass, decoder_layer
 from fastllm.kernels.documents import Documents
+from fastllm.kernels.gradient_room import GradientRoom
 from fastllm.kernels.recorded_inputs import SharedInputs, rounded
 from fastllm.kernels.recorded_pass import RecordedPass
 from fastllm.kernels.vision_block import BlockCall
 
 from .repetition import repeat
+from .test_decoder_layer import Spec, layer_of, parameters_of
+from .test_decoder_layer import call_of as layer_call
 
 ROWS = 16
 
@@ -72,3 +77,30 @@ def test_a_recording_computes_without_autocast():
     weight = torch.randn(4, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         RecordedPass(Seeing(weight), torch.randn(ROWS, 4), call_of(ROWS), [weight], SharedInputs(ROWS), repeat)
+
+
+def test_decoder_layers_write_gradients_where_the_next_one_reads_them(fp32, monkeypatch):
+    """With the room that it wants beside them: only the first gradient of a backward is copied."""
+    copies, real = [], gradient_room.copy_rows
+    monkeypatch.setattr(gradient_room, "copy_rows", lambda *rows: copies.append(rows) or real(*rows))
+    spec = Spec(weights="dense")
+    tensors = parameters_of(fp32, spec)
+    layer, call = layer_of(spec, tensors), layer_call(fp32, spec, gradient_room=GradientRoom())
+    trained = [tensor.requires_grad_() for name, tensor in tensors.items() if "lora" in name]
+    shared, recorded = SharedInputs(), []
+    for step in range(2):
+        x, upstream = (fp32.randn(spec.batch, spec.length, spec.width) for _ in range(2))
+        results = []
+        for is_recorded in (False, True):
+            y = x.clone().requires_grad_()
+            first = y
+            with fp32.active():
+                for index in range(3):
+                    if is_recorded and step == 0:
+                        one = DecoderPass(layer, fp32.dtype)
+                        recorded.append(RecordedPass(one, y, call, layer.parameters(), shared, repeat))
+                    y = recorded[index](y, call) if is_recorded else decoder_layer(y, layer, call)
+                copies.clear()
+                results.append(torch.autograd.grad(y, (first, *trained), upstream))
+            assert len(copies) == 1
+        assert all(map(torch.equal, *results))
