@@ -373,7 +373,7 @@ def _backward(
     dqkv = dqkv_extended[:, : layer.qkv.out_features]
     dq_rows, dk_rows, _ = layer.split_heads(dqkv, batch, length)
     rope_apply(_unit_stride(dq), _unit_stride(dk), call.cos, call.sin, dq_rows, dk_rows, inverse=True)
-    copy_rows(dqkv[:, layer.qkv_columns[2]], dv.transpose(1, 2).reshape(dqkv.shape[0], -1))
+    copy_rows(dqkv[:, layer.qkv_columns[2]], dv.transpose(1, 2).flatten(2).flatten(0, 1))
     del dq, dk, dv
     if state.qkv_raw is not None:
         norm_grads |= _norm_heads_backward(layer, state, dqkv, needs_norm)

@@ -198,12 +198,15 @@ class _InChunks(Optimizer2State):
             tables[p.device] = code_tables(*(self.name2qmap[name].to(p.device) for name in ("dynamic", "udynamic")))
         return tables[p.device]
 
-    def _lay_out(self, index: int, group: dict[str, Any], positions: Iterable[int]) -> list[_Place]:
+    def _lay_out(self, index: int, group: dict[str, Any], positions: Sequence[int]) -> list[_Place]:
         """Put parameters of a group into chunks, with the states they have or with new ones."""
         kinds: defaultdict[tuple, list[int]] = defaultdict(list)
         for position in positions:
             p = group["params"][position]
             kinds[p.dtype, p.device].append(position)
+        if positions and torch.cuda.is_initialized():
+            # States stay. In memory that a pass has left, they would keep the next one from finding it in one piece.
+            torch.cuda.empty_cache()
         laid_out = []
         for part in (part for kind in kinds.values() for part in _parts(kind, group["params"])):
             parameters = [group["params"][position] for position in part]

@@ -355,7 +355,7 @@ LAYER = {
         layer("qwen3", trains_norms=False),
     ),
     "stale_gradient_of_v": Bug(
-        "    dv_rows.copy_(dv)\n", "", layer("llama_nf4", on="triton")
+        "dv.transpose(1, 2).flatten(2)", "dv.zero_().transpose(1, 2).flatten(2)", layer("llama_nf4", on="triton")
     ),
     "wrong_norm_in_the_backward": Bug(
         "    norm = layer.input_norm\n    prepared = weights.take(", "    prepared = weights.take(",
