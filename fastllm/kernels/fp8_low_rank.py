@@ -32,7 +32,9 @@ from .fp8 import (
     split_reference,
 )
 
-_TILE_VALUES = 8192
+# Programs that look for the largest values: whoever writes reads what each of them found.
+_PARTS = 32
+_TILE_VALUES = 1024
 # The largest of each rank of R is scaled to less than this power of two, and at least half of it.
 _TOP_EXPONENT = 7
 
@@ -75,15 +77,16 @@ def write_right(matrix: Fp8Matrix, right: torch.Tensor) -> torch.Tensor:
         return balance.copy_(_write_right_reference(matrix, right))
     ranks = next_power_of_2(rank)
     block = max(_TILE_VALUES // ranks, 16)
-    programs = -(-rows // block)
-    largest = torch.empty(programs, rank, dtype=torch.int32, device=right.device)
+    share = -(-rows // (_PARTS * block)) * block
+    parts = -(-rows // share)
+    largest = torch.empty(parts, rank, dtype=torch.int32, device=right.device)
     with launch_on(right):
-        _largest_kernel[(programs,)](
-            right, matrix.scales, largest, rows, rank, *right.stride(), ROWS=block, RANKS=ranks, num_warps=4
+        _largest_kernel[(parts,)](
+            right, matrix.scales, largest, rows, rank, share, *right.stride(), ROWS=block, RANKS=ranks, num_warps=4
         )
-        _write_right_kernel[(programs,)](
+        _write_right_kernel[(-(-rows // block),)](
             right, matrix.scales, largest, balance, matrix.values.view(torch.uint8), rows, rank, matrix.extension,
-            programs, *right.stride(), matrix.values.stride(0), TOP=_TOP_EXPONENT, ROWS=block, RANKS=ranks,
+            parts, *right.stride(), matrix.values.stride(0), TOP=_TOP_EXPONENT, ROWS=block, RANKS=ranks,
             EXTENSION=next_power_of_2(matrix.extension), num_warps=4,
         )  # fmt: skip
     return balance
@@ -117,13 +120,16 @@ def _scaled_tile(right_ptr, scales_ptr, rows, ranks, num_rows, rank, row_stride,
 
 @jit
 def _largest_kernel(
-    right_ptr, scales_ptr, largest_ptr, num_rows, rank, row_stride, rank_stride,
+    right_ptr, scales_ptr, largest_ptr, num_rows, rank, share, row_stride, rank_stride,
     ROWS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.arange(0, RANKS)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    value = _scaled_tile(right_ptr, scales_ptr, rows, ranks, num_rows, rank, row_stride, rank_stride)
-    tl.store(largest_ptr + tl.program_id(0) * rank + ranks, tl.max(magnitude_bits(value), axis=0), mask=ranks < rank)
+    largest = tl.zeros((ROWS, RANKS), dtype=tl.int32)
+    for start in range(0, share, ROWS):
+        rows = tl.program_id(0) * share + start + tl.arange(0, ROWS)
+        value = _scaled_tile(right_ptr, scales_ptr, rows, ranks, num_rows, rank, row_stride, rank_stride)
+        largest = tl.maximum(largest, magnitude_bits(value))
+    tl.store(largest_ptr + tl.program_id(0) * rank + ranks, tl.max(largest, axis=0), mask=ranks < rank)
 
 
 @jit

@@ -266,6 +266,7 @@ def parameter_grads(
     if stacked_da is not None and len(scalings) == 1:  # all at once, in the memory that the gradients need
         stacked_da, is_scaled = stacked_da[: group.rank_slices[-1].stop] * scalings.pop(), True
     grads: list[torch.Tensor | None] = []
+    known_db = known_db or _db_together(group, dy, low_rank, needs)
     for index, projection in enumerate(group.projections):
         first = index * PARAMETERS_PER_PROJECTION
         needs_w, needs_bias, needs_a, needs_b = needs[first : first + PARAMETERS_PER_PROJECTION]
@@ -294,6 +295,19 @@ def parameter_grads(
                 db = _parameter_grad(dy[:, rows].t(), low_rank[:, ranks], projection.lora_b.dtype)
         grads += [dw, dbias, da, db]
     return grads
+
+
+def _db_together(
+    group: ProjectionGroup, dy: torch.Tensor, low_rank: torch.Tensor | None, needs: Sequence[bool]
+) -> Sequence[torch.Tensor | None]:
+    """The gradient of every B of a group on a GPU from one pass over dY; none where others are wanted, or there is
+    one."""
+    wanted = needs[3::PARAMETERS_PER_PROJECTION]
+    if len(wanted) == 1 or low_rank is None or not (dy.is_cuda and all(wanted)):
+        return ()
+    together = matmul_fp32(dy[:, : group.out_features].t(), low_rank)
+    parts = zip(group.row_slices, group.rank_slices, strict=True)
+    return [together[rows, ranks].contiguous() for rows, ranks in parts]
 
 
 def dropout_masks(group: ProjectionGroup, x: torch.Tensor) -> list[torch.Tensor | None]:
