@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastllm.kernels import lora
+from fastllm.kernels import lora, weight_forms
 from fastllm.kernels.decoder_layer import Keep, decoder_layer
 from fastllm.kernels.kept_weights import KeptForm, KeptWeights
 from fastllm.kernels.lora import PreparedGroup, Projection, ProjectionGroup, prepare
@@ -135,8 +135,10 @@ def test_every_dtype_has_its_own(fp32):
 
 def test_dequantised_once(fp32, monkeypatch):
     group, kept, calls = group_of(fp32), KeptForm(), []
-    dequantize = lora.dequantize_nf4
-    monkeypatch.setattr(lora, "dequantize_nf4", lambda *args, **kwargs: calls.append(1) or dequantize(*args, **kwargs))
+    real = weight_forms.dequantize_nf4
+    monkeypatch.setattr(
+        weight_forms, "dequantize_nf4", lambda *args, **options: calls.append(1) or real(*args, **options)
+    )
     with fp32.active():
         for _ in range(3):
             prepare(group, torch.float16, kept=kept)
