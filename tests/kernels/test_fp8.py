@@ -288,8 +288,8 @@ def check_kept(setting: Setting, weights: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("weights", [("nf4", "nf4"), ("nf4", "dense"), ("dense", "dense")], ids="-".join)
-def test_kept_weights(setting, weights):
-    check_kept(setting, weights)
+def test_kept_weights(reference, weights):
+    check_kept(reference, weights)
 
 
 def test_kept_weights_are_transposed_once(reference, monkeypatch):

@@ -12,6 +12,7 @@ from fastllm.kernels.recorded_inputs import SharedInputs, rounded
 from fastllm.kernels.recorded_pass import RecordedPass
 from fastllm.kernels.vision_block import BlockCall
 
+from .parity import Setting
 from .repetition import repeat
 from .test_decoder_layer import Spec, layer_of, parameters_of
 from .test_decoder_layer import call_of as layer_call
@@ -79,26 +80,28 @@ def test_a_recording_computes_without_autocast():
         RecordedPass(Seeing(weight), torch.randn(ROWS, 4), call_of(ROWS), [weight], SharedInputs(ROWS), repeat)
 
 
-def test_decoder_layers_write_gradients_where_the_next_one_reads_them(fp32, monkeypatch):
+def test_decoder_layers_write_gradients_where_the_next_one_reads_them(device, monkeypatch):
     """With the room that it wants beside them: only the first gradient of a backward is copied."""
+    setting = Setting("triton" if device.type == "cuda" else "reference", torch.float32, device)
     copies, real = [], gradient_room.copy_rows
     monkeypatch.setattr(gradient_room, "copy_rows", lambda *rows: copies.append(rows) or real(*rows))
     spec = Spec(weights="dense")
-    tensors = parameters_of(fp32, spec)
-    choice = {"choose_backend": lambda *_: "triton"} if fp32.device.type == "cuda" else {}  # others can't be recorded
-    layer, call = layer_of(spec, tensors), layer_call(fp32, spec, gradient_room=GradientRoom(), **choice)
+    tensors = parameters_of(setting, spec)
+    # On a GPU others can't be recorded.
+    choice = {"choose_backend": lambda *_: "triton"} if device.type == "cuda" else {}
+    layer, call = layer_of(spec, tensors), layer_call(setting, spec, gradient_room=GradientRoom(), **choice)
     trained = [tensor.requires_grad_() for name, tensor in tensors.items() if "lora" in name]
     shared, recorded = SharedInputs(), []
     for step in range(2):
-        x, upstream = (fp32.randn(spec.batch, spec.length, spec.width) for _ in range(2))
+        x, upstream = (setting.randn(spec.batch, spec.length, spec.width) for _ in range(2))
         results = []
         for is_recorded in (False, True):
             y = x.clone().requires_grad_()
             first = y
-            with fp32.active():
+            with setting.active():
                 for index in range(3):
                     if is_recorded and step == 0:
-                        one = DecoderPass(layer, fp32.dtype)
+                        one = DecoderPass(layer, setting.dtype)
                         recorded.append(RecordedPass(one, y, call, layer.parameters(), shared, repeat))
                     y = recorded[index](y, call) if is_recorded else decoder_layer(y, layer, call)
                 copies.clear()
