@@ -58,7 +58,9 @@ def copy_with_product(
     """
     if not use_triton(x):
         out.copy_(x)
-        multiply_reference(out, a, rank, low_rank, kept)
+        multiply_reference(out, a, rank, low_rank)
+        if kept is not None:
+            kept.copy_(low_rank)
         return
     rows, width = x.shape
     tiling = _TILINGS[max(x.dtype.itemsize, out.dtype.itemsize)]
@@ -79,14 +81,10 @@ def padded(rank: int) -> int:
     return max(next_power_of_2(rank), 16)
 
 
-def multiply_reference(
-    y: torch.Tensor, a: torch.Tensor, rank: int, low_rank: torch.Tensor, kept: torch.Tensor | None
-) -> None:
-    """The product as the kernels define it: y A^T in `low_rank`, and in `kept` where given."""
+def multiply_reference(y: torch.Tensor, a: torch.Tensor, rank: int, low_rank: torch.Tensor) -> None:
+    """The product as the kernels define it: y A^T in `low_rank`, zeros past the rank."""
     low_rank.zero_()
     torch.mm(y, a[:rank].t(), out=low_rank[:, :rank])
-    if kept is not None:
-        kept.copy_(low_rank)
 
 
 @jit

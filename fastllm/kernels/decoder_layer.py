@@ -15,7 +15,6 @@ Source: Touvron et al., "LLaMA", arXiv 2302.13971, section 2.2; norms of query a
 outputs: Gemma Team, "Gemma 2", arXiv 2408.00118, section 2.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -390,8 +389,11 @@ def _backward(
     dx = None
     if dhidden is not None:
         room = call.gradient_room if needs_dx else None
-        new = layer.down.output_buffer if room is None else functools.partial(room.buffer, layer.down)
-        extended = new(dy, state.x.dtype)  # as the layer before is most likely to want it
+        # As the layer before is most likely to want it.
+        if room is None:
+            extended = layer.down.output_buffer(dy, state.x.dtype)
+        else:
+            extended = room.buffer(layer.down, dy, state.x.dtype)
         dx, norm_grads["input_norm"] = rms_norm_backward(
             dhidden, state.x, norm.weight, state.input_rstd, norm.eps, offset=norm.offset, residual_grad=dmiddle,
             out=extended[:, : layer.down.out_features], needs_weight_grad=needs_norm["input_norm"],

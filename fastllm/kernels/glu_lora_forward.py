@@ -10,24 +10,14 @@ Dtypes: one of fp16, bf16, fp32, to which h is rounded before it is multiplied; 
 Source: the GLU's is `glu.py`, that of the product `lora.py`.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from .activation import activate, require_known
+from .copy_lora import Tiling, multiply_reference, padded
 from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .glu import glu_forward
 
 _MAX_RANK = 32  # more take the registers that the tile is in
-
-
-class Tiling(NamedTuple):
-    """The tile that a program computes at a time, and how it is compiled."""
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
 
 
 # By bytes of an element. Few rows, so that every multiprocessor has some; the widest tile that fits every GPU. It takes
@@ -57,11 +47,10 @@ def glu_lora_forward(
     require_known(activation)
     if not use_triton(gate):
         glu_forward(gate, up, activation, out=out)
-        low_rank.zero_()
-        torch.mm(out, a[:rank].t(), out=low_rank[:, :rank])
+        multiply_reference(out, a, rank, low_rank)
         return
     rows, width = gate.shape
-    padded_rank = max(next_power_of_2(rank), 16)
+    padded_rank = padded(rank)
     tiling = _TILINGS[gate.dtype.itemsize]
     if rows:
         with launch_on(gate):
@@ -97,6 +86,7 @@ def _glu_lora_fwd_kernel(
         h = tl.where(live, acted * up, 0.0).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows * h_stride + cols[None, :], h, mask=live)
         total = tl.dot(h, tl.trans(a), total, input_precision=PRECISION)
+    # As `store_product` of copy_lora.py does: called from here, it makes Triton spill registers for sm_90.
     beyond = tl.arange(0, EXTENSION)[None, :]
     zeros = tl.zeros((ROWS, EXTENSION), dtype=low_rank_ptr.dtype.element_ty)
     at = low_rank_ptr + rows * low_rank_stride

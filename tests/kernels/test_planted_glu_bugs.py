@@ -52,7 +52,8 @@ GLU_LORA_FORWARD = {
         "activate(gate, ACTIVATION)", "activate(up, ACTIVATION)", checks(check_forward, 5, 70)
     ),
     "reference_without_rank": Bug(
-        "torch.mm(out, a[:rank].t()", "torch.mm(out, a[:rank].flip(0).t()", checks(check_forward, 5, 70, on="reference")
+        "multiply_reference(out, a, rank", "multiply_reference(out, a.flip(0), rank",
+        checks(check_forward, 5, 70, on="reference"),
     ),
 }  # fmt: skip
 
