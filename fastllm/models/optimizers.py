@@ -204,9 +204,6 @@ class _InChunks(Optimizer2State):
         for position in positions:
             p = group["params"][position]
             kinds[p.dtype, p.device].append(position)
-        if positions and torch.cuda.is_initialized():
-            # States stay. In memory that a pass has left, they would keep the next one from finding it in one piece.
-            torch.cuda.empty_cache()
         laid_out = []
         for part in (part for kind in kinds.values() for part in _parts(kind, group["params"])):
             parameters = [group["params"][position] for position in part]
