@@ -22,7 +22,8 @@ _GIVEN_BOUNDARIES = (_OFFSETS, "cu_seq_lens_k", _LONGEST, "max_length_k")
 def keep_documents_apart(config: Any, inputs: dict[str, Any]) -> None:
     """Put `documents` into the inputs of a decoder, where its rows hold several or its window is shorter than they are.
 
-    Also where transformers would make a mask for the sake of its eager attention alone. Left alone: inputs with a mask,
+    Also where transformers would make a mask for the sake of its eager attention alone, and in a step of a text model,
+    of whose plain rows transformers would have the device say that they are not packed. Left alone: inputs with a mask,
     which rules, those with a cache or with images whose tokens see each other, and attention implementations that read
     the boundaries themselves. Packed rows get no cache, since nothing can be generated from one.
     """
@@ -38,9 +39,10 @@ def keep_documents_apart(config: Any, inputs: dict[str, Any]) -> None:
     batch, length = tokens.shape[:2]
     documents = _packed_documents(inputs, batch, length, tokens.device)
     if documents is None and inputs.get("use_cache") is False:
-        window = getattr(config.get_text_config(), "sliding_window", None)
+        text = config.get_text_config()
+        window = getattr(text, "sliding_window", None)
         needs_mask = config._attn_implementation == "eager" or (window and window < length)
-        documents = Documents.whole_rows(batch, length, tokens.device) if needs_mask else None
+        documents = Documents.whole_rows(batch, length, tokens.device) if needs_mask or text is config else None
     if documents is None:
         return
     for name in _GIVEN_BOUNDARIES:
@@ -55,9 +57,14 @@ def window_of(attention_module: Any) -> int:
     return getattr(attention_module, "sliding_window", getattr(config, "sliding_window", None)) or 0
 
 
-def mask_of_documents(documents: Documents, attention_module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The dense mask [B, 1, S, S] of causal documents that transformers' own attention wants."""
-    seen = documents.on(hidden_states.device).mask(window_of(attention_module))
+def mask_of_documents(documents: Documents, attention_module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """The dense mask [B, 1, S, S] of causal documents that transformers' own attention wants; None where it sees as
+    much by itself."""
+    window = window_of(attention_module)
+    is_eager = attention_module.config._attn_implementation == "eager"
+    if not (is_eager or documents.is_packed or 0 < window < documents.length):
+        return None
+    seen = documents.on(hidden_states.device).mask(window)
     return attention_mask(seen, attention_module, hidden_states.dtype)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, masking_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
@@ -14,7 +14,7 @@ from fastllm._errors import DataError
 from fastllm.kernels.documents import Documents
 from fastllm.models import blocks
 
-from .families import FAMILIES, build, fast_copy, step, with_lora
+from .families import FAMILIES, batch, build, fast_copy, step, with_lora
 from .test_parity import check_same_step
 from .test_trainers import CONFIG, losses
 
@@ -82,6 +82,24 @@ def test_a_packed_row_trains_as_padded_rows_do(family, setting, device, cases):
     assert all(case.mask is None and case.documents is cases[0].documents for case in cases)
     assert cases[0].documents.cu_seqlens.tolist() == [0, 11, 12, 30, 39] and cases[0].documents.max_seqlen == 18
     assert [case.sliding_window for case in cases] == WINDOWS.get(family, [0] * 4)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {}], ids=["in_parts", "fused"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_the_device_is_not_asked_whether_plain_rows_are_packed(family, options, device, cases, monkeypatch):
+    """transformers would, and wait for the answer, in each step."""
+    config = FAMILIES[family]
+    fast, plain = (
+        with_lora(fast_copy(build(config, device=device)), **options),
+        with_lora(build(config, device=device), **options),
+    )
+    inputs = {name: tensor for name, tensor in batch(config, device=device).items() if name != "attention_mask"}
+    expected = step(plain, inputs)
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda *_: pytest.fail("the positions were read")
+    )
+    assert step(fast, inputs).distance(expected)["whole"] < 1e-5
+    assert all(case.documents is None and case.mask is None for case in cases)
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {}], ids=["dora", "lora"])
