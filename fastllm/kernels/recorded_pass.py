@@ -94,7 +94,15 @@ class RecordedPass:
 
     def __call__(self, x: torch.Tensor, call: Any) -> torch.Tensor:
         """The layer under autograd; of the same shape and layer as what was recorded."""
-        return replay([self], x, call)
+        return replay([self], x, self.start(x, call))
+
+    @torch.no_grad()
+    def start(self, x: torch.Tensor, call: Any) -> Ticket:
+        """Launch the forward, whose node in autograd's graph `replay` makes: the GPU is busy while the host does."""
+        self._load(x, call)
+        ticket = Ticket()
+        self.forward(ticket)
+        return ticket
 
     def follows(self, other: RecordedPass) -> bool:
         """Whether it reads the output of `other` where that is, and beside it what that reads."""
@@ -108,7 +116,7 @@ class RecordedPass:
         """Whether the latest replay read what `call` brings along."""
         return all(shared.is_of(source) for shared, source in zip(self._inputs, tensors_of(call), strict=True))
 
-    def load(self, x: torch.Tensor, call: Any) -> None:
+    def _load(self, x: torch.Tensor, call: Any) -> None:
         """Put x and what the call brings along where the recording reads them."""
         rows = x.shape[-2]
         if x.data_ptr() != self._x.data_ptr():
@@ -116,11 +124,14 @@ class RecordedPass:
         for shared, source in zip(self._inputs, tensors_of(call), strict=True):
             shared.update(source, rows)
 
-    def forward(self, ticket: _Ticket) -> torch.Tensor:
-        """y of what was loaded, for all recorded rows, overwritten by the next forward. The recording is busy as long
-        as `ticket` is held."""
+    def forward(self, ticket: Ticket) -> None:
+        """Compute `y` of what was loaded or handed on. The recording is busy as long as `ticket` is held."""
         self._busy = weakref.ref(ticket)
         self._replay_forward()
+
+    @property
+    def y(self) -> torch.Tensor:
+        """What the latest forward gave, for all recorded rows, overwritten by the next one."""
         return self._y
 
     def backward(self, dy: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
@@ -190,27 +201,26 @@ class RecordedPass:
         return [dx]
 
 
-class _Ticket:
+class Ticket:
     """Held by whoever will run a backward."""
 
     __slots__ = ("__weakref__",)
 
 
-def replay(passes: Sequence[RecordedPass], x: torch.Tensor, call: Any) -> torch.Tensor:
-    """Layers one after the other under autograd, as one node. Each but the first `follows` the one before it."""
-    return _Replayed.apply(x, passes, call, *(parameter for one in passes for parameter in one.trained))
+def replay(passes: Sequence[RecordedPass], x: torch.Tensor, started: Ticket) -> torch.Tensor:
+    """Layers one after the other under autograd, as one node. The first was started with `x` and gave that ticket; each
+    of the others `follows` the one before it."""
+    return _Replayed.apply(x, passes, started, *(parameter for one in passes for parameter in one.trained))
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, passes, call, *parameters):
-        ctx.passes, ctx.ticket = passes, _Ticket()
+    def forward(ctx, x, passes, started, *parameters):
+        ctx.passes, ctx.ticket = passes, started
         ctx.save_for_backward(*parameters)
-        passes[0].load(x, call)
-        y = x
-        for one in passes:
-            y = one.forward(ctx.ticket)
-        return first_rows(y.detach(), x.shape[-2])
+        for one in passes[1:]:
+            one.forward(started)
+        return first_rows(passes[-1].y.detach(), x.shape[-2])
 
     @staticmethod
     def backward(ctx, dy):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .._compat import has_foreign_hooks, has_global_hooks
-from ..kernels.recorded_pass import Pass, RecordedPass, replay
+from ..kernels.recorded_pass import Pass, RecordedPass, Ticket, replay
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,9 +67,9 @@ class Chain:
         """Whether layer `index` is run by one before it."""
         return self._first < index <= self.last
 
-    def run(self, call: Any) -> torch.Tensor:
-        """What the last layer gives. `call` is that of the first, for as many rows as are recorded."""
-        y = replay([known.recorded for known in self._links], self._x, call)
+    def run(self, started: Ticket) -> torch.Tensor:
+        """What the last layer gives. The first was started with the ticket given."""
+        y = replay([known.recorded for known in self._links], self._x, started)
         self._y = weakref.ref(y)
         return y
 

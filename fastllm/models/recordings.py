@@ -168,9 +168,10 @@ class Recordings:
                 return None
             known = shape.passes[index] = Known(recorded, layer, signature, how)
             return lambda: recorded(x, fixed)
+        started = known.recorded.start(x, fixed)  # the GPU is busy with it while the host looks for what follows
         chain = Chain(index, shape.links(index), x, call)
         shape.chain = chain if chain.last > index else None
-        return lambda: chain.run(fixed)
+        return lambda: chain.run(started)
 
     def layer_in_chain(self, part: str, index: int) -> Any | None:
         """The layer `index` if it ran with one before it, in this forward."""
