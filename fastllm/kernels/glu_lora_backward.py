@@ -18,6 +18,7 @@ Source: the GLU's is `glu.py`, that of the products `lora.py`.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .._device import info_of
 from .activation import activate, require_known
 from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .glu import glu_backward
+from .part_sums import PartSum, add_up
 from .products import matmul_fp32
 from .projections import ProjectionGroup
 
@@ -36,11 +38,12 @@ _SCRATCH_BYTES = 2**27
 
 class Narrow(NamedTuple):
     """What X is multiplied with: `left [T, r]` and, where X R is wanted, `right [F, r]`; `out [T, r]` takes X R, the
-    last two in any dtype. All may be views of any strides."""
+    last two in any dtype. All may be views of any strides. X^T L is wanted `factor` times."""
 
     left: torch.Tensor
     right: torch.Tensor | None = None
     out: torch.Tensor | None = None
+    factor: float = 1.0
 
 
 class Tiling(NamedTuple):
@@ -69,7 +72,7 @@ _MULTIPROCESSORS = 128
 
 class LoraProducts(NamedTuple):
     """What the groups before and after a gated linear unit need not compute any more: of the first dY B [T, E] and each
-    dB, of the second, whose one projection is down, h A^T [T, r], where it was asked for, and dA [r, F]."""
+    dB, of the second, whose one projection is down, h A^T [T, r], where it was asked for, and dA [r, F], scaled."""
 
     dy_low_rank: torch.Tensor | None = None
     db: Sequence[torch.Tensor | None] = ()
@@ -124,7 +127,7 @@ def glu_backward_between(
         (ranks,) = down.rank_slices
         left, right = down_dy_low_rank[:, ranks], down_a[ranks].t()
         down_low_rank = torch.empty_like(left) if needs_down_low_rank else None
-        narrow.append(Narrow(left, right, down_low_rank))
+        narrow.append(Narrow(left, right, down_low_rank, down.projections[0].scaling))
     beside.zero_()
     (gate, up), (dgate, dup) = ((t[:, :width], t[:, width : 2 * width]) for t in (values, extended))
     *db, da = glu_lora_backward(dh, gate, up, activation, dgate, dup, narrow=narrow)
@@ -145,7 +148,8 @@ def glu_lora_backward(
     that of dgate, dup and h, into its `out`.
 
     All are rows `[T, F]` with unit stride along F. Other activations raise a ValueError.
-    Returns: X^T L `[F, r]` in fp32 (float64 for float64) for each of `narrow`, or None where that is None.
+    Returns: X^T L `[F, r]` in fp32 (float64 for float64) for each of `narrow`, or None where that is None; that of h is
+    stored by columns.
     """
     require_known(activation)
     if not use_triton(gate):
@@ -168,12 +172,18 @@ def glu_lora_backward(
         )
         wide = [t[taken] for t in (dh, gate, up, dgate, dup)]
         _launch(wide, activation, parts, sums, split_sums, tiling, programs)
-        if sum(out_ranks):
-            for part, value in zip(parts, sums.sum(0).split(out_ranks, dim=1), strict=True):
-                if part is not None and part.out is not None:
-                    part.out.copy_(value)
-    found = split_sums.sum(0).split(ranks, dim=1)
-    return [None if part is None else value for part, value in zip(narrow, found, strict=True)]
+        outs = [None if part is None else part.out for part in parts]
+        wanted = [PartSum(out, at) for out, at in zip(outs, _firsts(out_ranks), strict=True) if out is not None]
+        add_up(sums, wanted)
+    found: list[torch.Tensor | None] = [
+        None if part is None else split_sums.new_empty(width, rank) for part, rank in zip(narrow, ranks, strict=True)
+    ]
+    if found[2] is not None:
+        found[2] = split_sums.new_empty(ranks[2], width).t()
+    factors = [1.0 if part is None else part.factor for part in narrow]
+    placed = zip(found, _firsts(ranks), factors, strict=True)
+    add_up(split_sums, [PartSum(out, at, factor) for out, at, factor in placed if out is not None])
+    return found
 
 
 def _tiling(x: torch.Tensor, *, has_h_out: bool) -> Tiling:
@@ -212,8 +222,13 @@ def _reference(
     for x, part in zip((dgate, dup, h), narrow, strict=True):
         if part is not None and part.right is not None and part.out is not None:
             part.out.copy_(matmul_fp32(x, part.right.to(x.dtype)))
-        found.append(None if part is None else matmul_fp32(x.t(), part.left))
+        found.append(None if part is None else matmul_fp32(x.t(), part.left, factor=part.factor))
     return found
+
+
+def _firsts(ranks: Sequence[int]) -> list[int]:
+    """Where the columns of each begin, side by side."""
+    return list(accumulate(ranks, initial=0))[:-1]
 
 
 def _rows_of(part: Narrow, rows: slice) -> Narrow:
@@ -234,7 +249,7 @@ def _launch(
     arguments, flags = [], {}
     first = out_first = widest = 0
     for name, part in zip(("GATE", "UP", "H"), narrow, strict=True):
-        left, right, out = Narrow(wide[0][:, :0]) if part is None else part
+        left, right, out, _ = Narrow(wide[0][:, :0]) if part is None else part
         rank = left.shape[1]
         right, strides = (left, (0, 0)) if right is None else (right, right.stride())
         arguments += [left, right, rank, first, out_first, *left.stride(), *strides]

@@ -255,16 +255,12 @@ def parameter_grads(
     """One gradient for each entry of `group.parameters()` where `needs` says so.
 
     `low_rank` is x A^T of the forward, and may be None where no B needs a gradient. Where they are known already,
-    `stacked_da [E, K]` is (dY B)^T x and `known_db` the gradient of each B; x is then not read for the first.
+    `stacked_da` is that of `stacked_a_grad`, and `known_db` the gradient of each B; x is then not read for the first.
     """
     group = prepared.group
     is_wanted = stacked_da is None and any(needs[2::PARAMETERS_PER_PROJECTION])
     if is_wanted and dy_low_rank is not None and not group.has_dropout:
-        stacked_da = matmul_fp32(dy_low_rank.t(), x)
-    scalings = {p.scaling for p in group.projections if p.rank}
-    is_scaled = False
-    if stacked_da is not None and len(scalings) == 1:  # all at once, in the memory that the gradients need
-        stacked_da, is_scaled = stacked_da[: group.rank_slices[-1].stop] * scalings.pop(), True
+        stacked_da = stacked_a_grad(group, dy_low_rank, x)
     grads: list[torch.Tensor | None] = []
     known_db = known_db or _db_together(group, dy, low_rank, needs)
     for index, projection in enumerate(group.projections):
@@ -283,8 +279,9 @@ def parameter_grads(
             if stacked_da is not None:
                 da = stacked_da[ranks]
             else:
-                da = matmul_fp32(dy_low_rank[:, ranks].t(), _dropped(x, masks[index], projection.dropout))
-            da = (da if is_scaled else da * projection.scaling).to(projection.lora_a.dtype)
+                dropped = _dropped(x, masks[index], projection.dropout)
+                da = matmul_fp32(dy_low_rank[:, ranks].t(), dropped, factor=projection.scaling)
+            da = da.to(projection.lora_a.dtype)
         if needs_b:
             assert projection.lora_b is not None and low_rank is not None
             if known_db:
@@ -295,6 +292,18 @@ def parameter_grads(
                 db = _parameter_grad(dy[:, rows].t(), low_rank[:, ranks], projection.lora_b.dtype)
         grads += [dw, dbias, da, db]
     return grads
+
+
+def stacked_a_grad(group: ProjectionGroup, dy_low_rank: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """s_i (dY B)_i^T x of each projection, one below the other [ranks, K], in fp32 or wider."""
+    scalings = {p.scaling for p in group.projections if p.rank}
+    (factor,) = scalings if len(scalings) == 1 else (1.0,)
+    # Without the padding of dY B: the gradients are views of this memory, and stay.
+    stacked = matmul_fp32(dy_low_rank[:, : group.rank].t(), x, factor=factor)
+    if len(scalings) > 1:
+        for projection, ranks in zip(group.projections, group.rank_slices, strict=True):
+            stacked[ranks] *= projection.scaling
+    return stacked
 
 
 def _db_together(

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from .layer_definition import Norm
-from .lora import PARAMETERS_PER_PROJECTION, PreparedGroup, parameter_grads
-from .products import matmul_fp32
+from .lora import PARAMETERS_PER_PROJECTION, PreparedGroup, parameter_grads, stacked_a_grad
 from .rms_norm import rms_norm_forward
 
 
@@ -44,16 +43,18 @@ def normed_parameter_grads(
         rms_norm_forward(x, norm.weight, norm.eps, offset=norm.offset, out=hidden)
     elif needs_a:
         assert dy_low_rank is not None
-        stacked_da = _stacked_da(norm, x, rstd, dy_low_rank)
+        stacked_da = _stacked_da(prepared, norm, x, rstd, dy_low_rank)
     return parameter_grads(
         prepared, dy, dy_low_rank, hidden, low_rank, masks, needs, stacked_da=stacked_da, known_db=known_db
     )
 
 
-def _stacked_da(norm: Norm, x: torch.Tensor, rstd: torch.Tensor, dy_low_rank: torch.Tensor) -> torch.Tensor:
-    """(dY B)^T norm(x) [E, D], in fp32 or wider."""
+def _stacked_da(
+    prepared: PreparedGroup, norm: Norm, x: torch.Tensor, rstd: torch.Tensor, dy_low_rank: torch.Tensor
+) -> torch.Tensor:
+    """`stacked_a_grad` of norm(x) [ranks, D]."""
     scaled = torch.empty(dy_low_rank.shape, dtype=dy_low_rank.dtype, device=dy_low_rank.device)
     torch.mul(dy_low_rank, rstd[:, None], out=scaled)
-    product = matmul_fp32(scaled.t(), x)
+    product = stacked_a_grad(prepared.group, scaled, x)
     weight = norm.weight.detach()
     return product.mul_(weight.to(product.dtype) + norm.offset if norm.offset else weight)

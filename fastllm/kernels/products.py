@@ -5,13 +5,15 @@ import torch
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right with an fp32 result from 16-bit inputs (float64 stays float64)."""
-    if left.dtype not in _HALVES:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+def matmul_fp32(left: torch.Tensor, right: torch.Tensor, *, factor: float = 1.0) -> torch.Tensor:
+    """`factor` times left @ right, with an fp32 result from 16-bit inputs (float64 stays float64)."""
+    if left.dtype in _HALVES and left.is_cuda:
+        if factor == 1.0:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        out = torch.empty(left.shape[0], right.shape[1], dtype=torch.float32, device=left.device)
+        return torch.addmm(out, left, right, beta=0, alpha=factor, out_dtype=torch.float32, out=out)
+    product = left.float() @ right.float() if left.dtype in _HALVES else left @ right
+    return product if factor == 1.0 else product * factor
 
 
 def add_matmul(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

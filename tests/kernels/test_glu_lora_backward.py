@@ -44,7 +44,8 @@ def check_products(
             right = setting.randn(width, rank, dtype=torch.float32)
         elif has_right:  # an A
             right = setting.randn(rank, width).t()
-        narrow.append(Narrow(left, right, out[:, :rank] if has_right else None))
+        factor = 0.5 if len(narrow) == 2 else 1.0  # the scaling of an A
+        narrow.append(Narrow(left, right, out[:, :rank] if has_right else None, factor))
 
     def expected(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         inputs = {"gate": gate.to(dtype), "up": up.to(dtype)}
@@ -52,7 +53,7 @@ def check_products(
         found["h"] = found.pop("y")
         for name, part in zip(NAMES, narrow, strict=True):
             if part is not None:
-                found[f"{name} left"] = found[name].t() @ part.left.to(dtype)
+                found[f"{name} left"] = found[name].t() @ part.left.to(dtype) * part.factor
                 if part.right is not None and part.out is not None:
                     found[f"{name} right"] = found[name] @ part.right.to(dtype)
         return found

@@ -211,11 +211,10 @@ NF4 = {
 
 LORA = {
     "scaling_missing_in_the_gradients_of_all_a": Bug(
-        "[: group.rank_slices[-1].stop] * scalings.pop()", "[: group.rank_slices[-1].stop]",
-        checks(check_group, GROUPS["gate_up"]),
+        "(factor,) = scalings if", "(factor,) = (1.0,) if", checks(check_group, GROUPS["gate_up"])
     ),
     "scaling_missing_in_the_gradient_of_a": Bug(
-        "da if is_scaled else da * projection.scaling", "da", checks(check_group, RANK_STABILIZED)
+        "stacked[ranks] *= projection.scaling", "stacked[ranks] *= 1.0", checks(check_group, RANK_STABILIZED)
     ),
     "bias_missing": Bug(
         "prepared.joined[: group.out_features], prepared.bias, y", "prepared.joined[: group.out_features], None, y",
@@ -250,7 +249,7 @@ LORA = {
         "x * mask * (1.0 / (1.0 - probability))", "x * mask", checks(check_group, DROPOUT)
     ),
     "gradient_of_a_sees_what_was_dropped": Bug(
-        "_dropped(x, masks[index], projection.dropout))", "x)", checks(check_group, DROPOUT)
+        "dropped = _dropped(x, masks[index], projection.dropout)", "dropped = x", checks(check_group, DROPOUT)
     ),
     "gradient_of_b_from_the_first_ranks": Bug(
         "low_rank[:, ranks], projection.lora_b.dtype",

@@ -21,8 +21,11 @@ GLU_LORA = {
     "gradient_of_b_from_another_matrix": Bug(
         "up_sum = tl.dot(tl.trans(dup)", "up_sum = tl.dot(tl.trans(dgate)", checks(check_products, 5, 97)
     ),
-    "last_strip_only": Bug("sums.sum(0).split(out_ranks", "sums[-1].split(out_ranks", checks(check_many_programs)),
-    "last_share_only": Bug("split_sums.sum(0)", "split_sums[-1]", checks(check_many_programs)),
+    "last_strip_only": Bug("add_up(sums, wanted)", "add_up(sums[-1:], wanted)", checks(check_many_programs)),
+    "last_share_only": Bug("add_up(split_sums, [", "add_up(split_sums[-1:], [", checks(check_many_programs)),
+    "gradient_of_a_without_scaling": Bug(
+        "PartSum(out, at, factor)", "PartSum(out, at)", checks(check_products, 5, 97)
+    ),
     "last_launch_only": Bug(
         "h_sum = _narrow_tile(split_part + h_first,", "h_sum = 0.0 * _narrow_tile(split_part + h_first,",
         checks(check_many_programs),
