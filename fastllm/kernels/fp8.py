@@ -203,8 +203,13 @@ def split_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def quantize_weight(weight: torch.Tensor, *, out: Fp8Matrix) -> None:
     """A weight `[N, K]` in FP8, beside the extension of `out`."""
-    low, high = torch.aminmax(weight)
-    quantize_rows(weight, at_least=torch.maximum(-low, high).float() * _LEAST_PART, out=out)
+    quantize_rows(weight, at_least=largest_magnitude(weight) * _LEAST_PART, out=out)
+
+
+def largest_magnitude(x: torch.Tensor) -> torch.Tensor:
+    """max |x| as an fp32 scalar tensor."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high).float()
 
 
 def scaled_matmul(
@@ -273,9 +278,7 @@ def _quantize_rows_kernel(
         tl.store(target + 2 * rank + ranks, low, mask=ranks < rank)
         rest = tl.arange(0, EXTENSION)
         tl.store(target + rest, tl.zeros((EXTENSION,), tl.uint8), mask=(rest >= 3 * rank) & (rest < extension))
-    x *= reciprocal
-    values = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if CONVERTS else e4m3_bits(x)
-    tl.store(target + extension + cols, values, mask=live)
+    tl.store(target + extension + cols, to_e4m3(x * reciprocal, CONVERTS), mask=live)
     tl.store(scales_ptr + row, scale)
 
 
@@ -293,6 +296,12 @@ def row_scale(largest):
     exponent = tl.where(largest == 0, 127, tl.maximum(exponent, 1))
     scale = tl.where(largest < 0x7F800000, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True)
     return scale, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def to_e4m3(x, CONVERTS: tl.constexpr):
+    """`e4m3_bits`, by the GPU's own conversion where it `CONVERTS`."""
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if CONVERTS else e4m3_bits(x)
 
 
 @jit

@@ -6,8 +6,9 @@
 Rows go through the head in chunks of at least 1,024: in smaller ones re-reading W costs more than the product. Each
 row's gradient (softmax - onehot) W depends on that row's upstream gradient by a factor only, so it is computed in the
 forward, from the logits at hand, and scaled in the backward: no logits are computed twice. It stays unscaled and fp32
-in between, so it neither underflows in fp16 nor rounds twice. Rows with an ignored label can be left out altogether:
-`LabelCount` brings their number to the host while the decoder layers run, so nothing waits for it.
+in between, so it neither underflows in fp16 nor rounds twice; its product may be one in FP8 (fp8_head.py). Rows with an
+ignored label can be left out altogether: `LabelCount` brings their number to the host while the decoder layers run, so
+nothing waits for it.
 
 Shapes: hidden [T, D]; labels [T], already aligned with the rows (shifted); head: one `Projection` of weight [V, D].
 Dtypes: logits in the compute dtype, softmax and loss in fp32; gradients of the head accumulate over chunks in fp32.
@@ -22,7 +23,9 @@ from typing import NamedTuple
 import torch
 
 from .._errors import reject_unknown
-from .dispatch import compute_dtype, jit, launch_on, no_autocast, tl, use_triton
+from .dispatch import compiles_to_ptx, compute_dtype, jit, launch_on, no_autocast, tl, use_triton
+from .fp8 import to_e4m3
+from .fp8_head import Fp8Head, LogitGrads, serves_head
 from .lora import PreparedGroup, ProjectionGroup, prepare, project
 from .products import add_matmul, matmul_fp32
 from .soft_cap import soft_capped
@@ -97,18 +100,20 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     valid_rows: int | None = None,
     spares_memory: bool = False,
+    fp8_gradient: bool = False,
 ) -> torch.Tensor:
     """Sum of the rows' negative log-likelihoods over `num_items` (the number of labels that are not ignored).
 
     `valid_rows`, that number on the host, lets ignored rows be skipped. Gradients flow to hidden and to each trainable
     tensor of the head (weight, bias, LoRA). A batch without labels gives an exact zero with zero gradients.
     `spares_memory` takes the rows of a short batch in smaller chunks, but in deterministic mode, where bits count.
+    `fp8_gradient` asks for the hidden states' in FP8, of long batches and through a head without `head_obstacle`.
     """
     chunk = chunk_rows(head.out_features)
     if spares_memory and hidden.shape[0] <= MIN_CHUNK_ROWS and not torch.are_deterministic_algorithms_enabled():
         chunk = min(chunk, few_rows(head.out_features))
     total = _LinearNll.apply(
-        hidden, head, labels, transform, ignore_index, valid_rows, True, (), chunk, *head.parameters()
+        hidden, head, labels, transform, ignore_index, valid_rows, True, (), chunk, fp8_gradient, *head.parameters()
     )[0]
     if num_items is None:
         num_items = (labels != ignore_index).sum()
@@ -124,13 +129,15 @@ def linear_token_losses(
     ignore_index: int = IGNORE_INDEX,
     valid_rows: int | None = None,
     statistics: Sequence[str] = (),
+    fp8_gradient: bool = False,
 ) -> TokenLosses:
-    """The loss of each row [T], with `statistics` from {"entropy", "is_top1"}; nll is differentiable row by row."""
+    """The loss of each row [T], with `statistics` from {"entropy", "is_top1"}; nll is differentiable row by row.
+    `fp8_gradient` as in `linear_cross_entropy`."""
     reject_unknown("statistics of linear_token_losses", statistics, TokenLosses._fields[1:])
     chunk = chunk_rows(head.out_features)
     return TokenLosses(
         *_LinearNll.apply(
-            hidden, head, labels, transform, ignore_index, valid_rows, False, tuple(statistics), chunk,
+            hidden, head, labels, transform, ignore_index, valid_rows, False, tuple(statistics), chunk, fp8_gradient,
             *head.parameters(),
         )
     )  # fmt: skip
@@ -169,28 +176,39 @@ def _token_losses(
     *,
     write_grad: bool,
     row_scale: torch.Tensor | None = None,
+    in_fp8: LogitGrads | None = None,
 ) -> TokenLosses:
-    """Losses of one chunk; with `write_grad` the logits are overwritten by d(row_scale * nll)/d(logits)."""
+    """Losses of one chunk; with `write_grad` d(row_scale * nll)/d(logits) goes to `in_fp8`, else over the logits."""
     rows, vocab = logits.shape
     if not use_triton(logits):
         with torch.set_grad_enabled(write_grad):
-            leaf = logits.detach().requires_grad_(write_grad)
+            wide = logits.dtype if in_fp8 is None else torch.promote_types(logits.dtype, torch.float32)
+            leaf = logits.detach().to(wide).requires_grad_(write_grad)
             losses = token_losses_reference(leaf, labels, transform, ignore_index)
         if write_grad:
             upstream = torch.ones_like(losses.nll) if row_scale is None else row_scale.to(losses.nll.dtype)
-            logits.copy_(torch.autograd.grad(losses.nll, leaf, upstream)[0])
+            (grads,) = torch.autograd.grad(losses.nll, leaf, upstream)
+            if in_fp8 is None:
+                logits.copy_(grads)
+            else:
+                in_fp8.fill(grads, labels, ignore_index)
         return losses._replace(nll=losses.nll.detach())
     labels = labels.contiguous()  # the kernel reads one number a row; a gradient of a sum has stride 0
     row_scale = None if row_scale is None else row_scale.contiguous()
     nll, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     is_top1 = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    values, scales, of_labels, values_stride = logits, nll, nll, 0
+    if in_fp8 is not None:
+        values, scales, of_labels = in_fp8.others.values.view(torch.uint8), in_fp8.others.scales, in_fp8.of_labels
+        values_stride = values.stride(0)
     if rows:
         with launch_on(logits):
             _cross_entropy_kernel[(rows,)](
-                logits, labels, nll if row_scale is None else row_scale, nll, entropy, is_top1,
-                logits.stride(0), vocab, ignore_index, transform.scale, transform.softcap,
+                logits, labels, nll if row_scale is None else row_scale, nll, entropy, is_top1, values, scales,
+                of_labels, logits.stride(0), values_stride, vocab, ignore_index, transform.scale, transform.softcap,
                 HAS_SOFTCAP=transform.softcap != 0, HAS_ENTROPY="entropy" in statistics,
                 HAS_TOP1="is_top1" in statistics, WRITE_GRAD=write_grad, HAS_ROW_SCALE=row_scale is not None,
+                IN_FP8=in_fp8 is not None, CONVERTS=compiles_to_ptx(logits),
                 BLOCK=_BLOCK, num_warps=16 if statistics else 8,  # statistics take registers
             )  # fmt: skip
     return TokenLosses(nll, entropy, is_top1)
@@ -207,12 +225,14 @@ def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @jit
 def _cross_entropy_kernel(
-    logits_ptr, labels_ptr, row_scale_ptr, nll_ptr, entropy_ptr, top1_ptr, stride, vocab, ignore_index, scale, softcap,
+    logits_ptr, labels_ptr, row_scale_ptr, nll_ptr, entropy_ptr, top1_ptr, values_ptr, scales_ptr, of_labels_ptr,
+    stride, values_stride, vocab, ignore_index, scale, softcap,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TOP1: tl.constexpr, WRITE_GRAD: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, IN_FP8: tl.constexpr, CONVERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
+    grads_ptr = values_ptr + row * values_stride if IN_FP8 else row_ptr
     label = tl.load(labels_ptr + row)
     cols = tl.arange(0, BLOCK)
     if label == ignore_index:
@@ -220,14 +240,18 @@ def _cross_entropy_kernel(
         tl.store(entropy_ptr + row, 0.0)
         tl.store(top1_ptr + row, 0)
         if WRITE_GRAD:
-            zeros = tl.zeros((BLOCK,), dtype=logits_ptr.dtype.element_ty)
+            zeros = tl.zeros((BLOCK,), dtype=grads_ptr.dtype.element_ty)
             for start in range(0, vocab, BLOCK):
-                tl.store(row_ptr + start + cols, zeros, mask=start + cols < vocab)
+                tl.store(grads_ptr + start + cols, zeros, mask=start + cols < vocab)
+            if IN_FP8:
+                tl.store(scales_ptr + row, 0.0)
+                tl.store(of_labels_ptr + row, 0.0)
     else:
         # Read before the reductions below, whose barriers keep it ahead of the gradient that overwrites the logits.
         target = _capped(tl.load(row_ptr + label).to(tl.float32), scale, softcap, HAS_SOFTCAP)
         top = -float("inf")
         top_before_label = -float("inf")
+        top_other = -float("inf")
         total = 0.0
         weighted = 0.0
         for start in range(0, vocab, BLOCK):
@@ -244,6 +268,8 @@ def _cross_entropy_kernel(
             if HAS_TOP1:  # the first of equal maxima counts, as in argmax
                 before = tl.where(start + cols < label, z, -float("inf"))
                 top_before_label = tl.maximum(top_before_label, tl.max(before, axis=0))
+            if IN_FP8:
+                top_other = tl.maximum(top_other, tl.max(tl.where(start + cols == label, -float("inf"), z), axis=0))
             top = new_top
         lse = top + tl.log(total)
         tl.store(nll_ptr + row, lse - target)
@@ -255,6 +281,16 @@ def _cross_entropy_kernel(
             g = scale
             if HAS_ROW_SCALE:
                 g = scale * tl.load(row_scale_ptr + row).to(tl.float32)
+            reciprocal = 1.0
+            if IN_FP8:
+                # Of softmax's part. A soft cap's slope, at most one, may leave some of the range unused.
+                largest = tl.exp(top_other - lse) * tl.abs(g)
+                reciprocal = tl.where(largest == 0.0, 0.0, 448.0 / largest)
+                tl.store(scales_ptr + row, largest / 448.0)
+                of_label = (tl.exp(target - lse) - 1.0) * g
+                if HAS_SOFTCAP:
+                    of_label *= 1.0 - (target / softcap) * (target / softcap)
+                tl.store(of_labels_ptr + row, of_label)
             for start in range(0, vocab, BLOCK):
                 live = start + cols < vocab
                 raw = tl.load(row_ptr + start + cols, mask=live, other=0.0).to(tl.float32)
@@ -262,7 +298,11 @@ def _cross_entropy_kernel(
                 grad = (tl.exp(z - lse) - tl.where(start + cols == label, 1.0, 0.0)) * g
                 if HAS_SOFTCAP:
                     grad *= 1.0 - (z / softcap) * (z / softcap)
-                tl.store(row_ptr + start + cols, grad.to(logits_ptr.dtype.element_ty), mask=live)
+                if IN_FP8:
+                    values = to_e4m3(tl.where(start + cols == label, 0.0, grad * reciprocal), CONVERTS)
+                else:
+                    values = grad.to(logits_ptr.dtype.element_ty)
+                tl.store(grads_ptr + start + cols, values, mask=live)
 
 
 class _HeadGradients:
@@ -299,10 +339,13 @@ class _LinearNll(torch.autograd.Function):
     forward for the sum (one upstream factor for all rows) and from recomputed logits for per-row losses."""
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, transform, ignore_index, valid_rows, as_sum, statistics, chunk, *parameters):
+    def forward(
+        ctx, hidden, head, labels, transform, ignore_index, valid_rows, as_sum, statistics, chunk, fp8_gradient,
+        *parameters,
+    ):  # fmt: skip
         if head.has_dropout:
             raise ValueError("dropout on a head is not part of this op: it would drop the inputs of the loss")
-        needs_hidden, needs_head = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
+        needs_hidden, needs_head = ctx.needs_input_grad[0], ctx.needs_input_grad[10:]
         rows, dtype = hidden.shape[0], compute_dtype(hidden, head.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         kept, count = None, rows
@@ -317,17 +360,22 @@ class _LinearNll(torch.autograd.Function):
         sums = _HeadGradients(head, needs_head) if head_now else None
         with no_autocast(hidden.device.type):
             prepared = prepare(head, dtype)
+            is_fp8 = fp8_gradient and needs_hidden and serves_head(head, count)
+            fp8_head = Fp8Head(prepared.weights[0][1]) if is_fp8 else None
             for part in _chunks(count, chunk):
                 picked = part if kept is None else kept[part]
                 h, y = hidden[picked].to(dtype), labels[picked]
                 logits, low_rank, _ = project(prepared, h)
+                in_fp8 = None if fp8_head is None else LogitGrads.empty(logits.shape[0], logits.shape[1], logits.device)
                 losses = _token_losses(
-                    logits, y, transform, ignore_index, statistics, write_grad=needs_hidden or head_now
+                    logits, y, transform, ignore_index, statistics, write_grad=needs_hidden or head_now, in_fp8=in_fp8
                 )
                 for target, value in zip((nll, entropy, is_top1), losses, strict=True):
                     if target is not None and value is not None:
                         target[part] = value
-                if dhidden is not None:
+                if fp8_head is not None and in_fp8 is not None and dhidden is not None:
+                    fp8_head.hidden_grad(in_fp8, y, ignore_index, out=dhidden[part])
+                elif dhidden is not None:
                     dhidden[part] = _hidden_grad(prepared, logits)
                 if sums is not None:
                     sums.add(prepared, logits, h, low_rank)
@@ -343,7 +391,7 @@ class _LinearNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         hidden, labels, kept, dhidden, *rest = ctx.saved_tensors
-        sums, needs_head = rest[: ctx.num_sums], ctx.needs_input_grad[9:]
+        sums, needs_head = rest[: ctx.num_sums], ctx.needs_input_grad[10:]
         per_row = grad if ctx.as_sum else (grad if kept is None else grad[kept])[:, None]
         grad_hidden = None
         if dhidden is not None:
@@ -358,7 +406,7 @@ class _LinearNll(torch.autograd.Function):
                 None if total is None else (total * grad if ctx.as_sum else total).to(p.dtype)
                 for total, p in zip(sums, ctx.head.parameters(), strict=True)
             ]
-        return grad_hidden, *[None] * 8, *head_grads
+        return grad_hidden, *[None] * 9, *head_grads
 
 
 def _chunks(rows: int, size: int) -> list[slice]:

@@ -15,7 +15,8 @@ import torch
 from .dispatch import jit, launch_on, next_power_of_2, tl, triton, use_triton
 
 _MOST_SUMS = 3
-_ROWS, _PARTS = 16, 16
+# A program's rows, and the parts that it reads at a time.
+_ROWS, _PARTS = 8, 16
 
 
 class PartSum(NamedTuple):
@@ -37,35 +38,14 @@ def add_up(parts: torch.Tensor, sums: Sequence[PartSum]) -> None:
     if not (sums and rows):
         return
     arguments = []
-    for out, first, factor in (*sums, *[sums[0]] * (_MOST_SUMS - len(sums))):
+    for out, first, factor in sums:
         arguments += [out, first, out.shape[1], float(factor), *out.stride()]
-    widest = max(part.out.shape[1] for part in sums)
+    arguments += [parts, 0, 0, 1.0, 0, 0] * (_MOST_SUMS - len(sums))
     with launch_on(parts):
-        _add_up_kernel[(triton.cdiv(rows, _ROWS), len(sums))](
-            parts, *arguments, count, rows, columns, ROWS=_ROWS, PARTS=_PARTS, RANK=next_power_of_2(widest),
+        _add_up_kernel[(triton.cdiv(rows, _ROWS),)](
+            parts, *arguments, count, rows, columns, ROWS=_ROWS, PARTS=_PARTS, COLUMNS=next_power_of_2(columns),
             num_warps=4,
         )  # fmt: skip
-
-
-@jit
-def _add_up(
-    parts_ptr, out_ptr, first, rank, factor, row_stride, rank_stride, count, num_rows, columns,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ranks = tl.arange(0, RANK)
-    live = (rows < num_rows)[:, None] & (ranks < rank)[None, :]
-    at = rows[:, None] * columns + first + ranks[None, :]
-    total = tl.zeros((ROWS, RANK), dtype=tl.float32)
-    for start in range(0, count, PARTS):
-        part = (start + tl.arange(0, PARTS))[:, None, None]
-        value = tl.load(
-            parts_ptr + part.to(tl.int64) * num_rows * columns + at[None, :, :],
-            mask=(part < count) & live[None, :, :], other=0.0,
-        )  # fmt: skip
-        total += tl.sum(value, axis=0)
-    target = out_ptr + rows.to(tl.int64)[:, None] * row_stride + ranks[None, :] * rank_stride
-    tl.store(target, (total * factor).to(out_ptr.dtype.element_ty), mask=live)
 
 
 @jit
@@ -74,16 +54,25 @@ def _add_up_kernel(
     out0, first0, rank0, factor0, row_stride0, rank_stride0,
     out1, first1, rank1, factor1, row_stride1, rank_stride1,
     out2, first2, rank2, factor2, row_stride2, rank_stride2,
-    count, num_rows, columns,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
+    count, num_rows, columns, ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    which = tl.program_id(1)
-    if which == 0:
-        _add_up(parts_ptr, out0, first0, rank0, factor0, row_stride0, rank_stride0, count, num_rows, columns,
-                ROWS, PARTS, RANK)  # fmt: skip
-    elif which == 1:
-        _add_up(parts_ptr, out1, first1, rank1, factor1, row_stride1, rank_stride1, count, num_rows, columns,
-                ROWS, PARTS, RANK)  # fmt: skip
-    else:
-        _add_up(parts_ptr, out2, first2, rank2, factor2, row_stride2, rank_stride2, count, num_rows, columns,
-                ROWS, PARTS, RANK)  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    cols = tl.arange(0, COLUMNS)[None, :]
+    row_live = rows < num_rows
+    at = (rows.to(tl.int64) * columns + cols)[None, :, :]
+    live = (row_live & (cols < columns))[None, :, :]
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, count, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None, None]
+        at_part = parts_ptr + part.to(tl.int64) * num_rows * columns + at
+        total += tl.sum(tl.load(at_part, mask=(part < count) & live, other=0.0), axis=0)
+    _store(out0, rows, cols - first0, row_live, rank0, total * factor0, row_stride0, rank_stride0)
+    _store(out1, rows, cols - first1, row_live, rank1, total * factor1, row_stride1, rank_stride1)
+    _store(out2, rows, cols - first2, row_live, rank2, total * factor2, row_stride2, rank_stride2)
+
+
+@jit
+def _store(out_ptr, rows, ranks, row_live, rank, value, row_stride, rank_stride):
+    """The columns of `value` whose `ranks` are those of a matrix."""
+    at = out_ptr + rows.to(tl.int64) * row_stride + ranks * rank_stride
+    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=row_live & (ranks >= 0) & (ranks < rank))

@@ -39,6 +39,7 @@ from .fused_parts import ACTIVATIONS, activation_name, attention_groups, eps_of,
 from .image_layout import lay_out_images, needed_on_host, read_together
 from .length_rounding import lengthen
 from .logits import LazyLogits
+from .lora_view import FP8_GRADIENT
 from .memory import ActivationPlanner
 from .mixed_precision import WIDENS, mixed_precision
 from .model_methods import PLANNER, ModelMethods
@@ -234,7 +235,7 @@ def token_losses(
     assert isinstance(head, ProjectionGroup)
     losses = linear_token_losses(
         hidden.flatten(0, 1), head, targets.flatten(), transform=logit_transform(model.config), valid_rows=count.get(),
-        statistics=statistics,
+        statistics=statistics, fp8_gradient=hasattr(model, FP8_GRADIENT),
     )  # fmt: skip
     keep = slice(None) if shift_labels is not None else slice(None, -1)
     nll, entropy, is_top1 = (None if part is None else part.view(targets.shape)[:, keep] for part in losses)
@@ -361,7 +362,7 @@ def _fused_loss(model: Any, labels: torch.Tensor | None, **inputs: Any) -> tuple
     loss = linear_cross_entropy(
         outputs.last_hidden_state.flatten(0, 1), head, targets.flatten(), num_items=num_items,
         transform=logit_transform(model.config), valid_rows=count.get(),
-        spares_memory=getattr(model, PLANNER).frees_weights,
+        spares_memory=getattr(model, PLANNER).frees_weights, fp8_gradient=hasattr(model, FP8_GRADIENT),
     )  # fmt: skip
     return loss, outputs
 

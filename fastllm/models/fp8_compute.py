@@ -14,9 +14,10 @@ from .._device import Device
 from .._errors import ArgumentError, DeviceError, UnsupportedError
 from .._notices import notice
 from ..kernels.fp8 import CAPABILITY
+from ..kernels.fp8_head import head_obstacle
 from ..kernels.projections import ProjectionGroup, fp8_obstacle
 from .arch import get_arch
-from .lora_view import FP8_COMPUTE, forget_groups
+from .lora_view import FP8_COMPUTE, FP8_GRADIENT, forget_groups
 
 
 def check_fp8_compute(
@@ -69,15 +70,18 @@ def check_fp8_compute(
 
 
 def use_fp8(model: nn.Module, layers: Sequence[Any]) -> None:
-    """Let the frozen weights of these decoder layers be multiplied in FP8."""
+    """Let the frozen weights of these decoder layers be multiplied in FP8, and the gradient of the head's input be made
+    so."""
+    setattr(model, FP8_GRADIENT, True)
     for layer in layers:
         for owner in (layer.self_attn, layer.mlp):
             setattr(owner, FP8_COMPUTE, True)
     forget_groups(model)
 
 
-def fp8_note(groups_of_layers: Sequence[Sequence[ProjectionGroup]]) -> str:
-    """Which layers multiply in FP8, and why others do not; the groups of each layer that asks for it."""
+def fp8_note(groups_of_layers: Sequence[Sequence[ProjectionGroup]], head: ProjectionGroup | str) -> str:
+    """Which layers multiply in FP8, whether the gradient through the head is made so, and why others do not: the groups
+    of each layer that asks for it, and that of the head or why it has none."""
     if not groups_of_layers:
         return ""
     complete = sum(all(group.is_fp8 for group in groups) for groups in groups_of_layers)
@@ -85,4 +89,10 @@ def fp8_note(groups_of_layers: Sequence[Sequence[ProjectionGroup]]) -> str:
     reasons = Counter(
         fp8_obstacle(group.projections) for groups in groups_of_layers for group in groups if not group.is_fp8
     )
-    return "; ".join([line, *(f"{count} products are not: {reason}" for reason, count in reasons.items())])
+    notes = [line, *(f"{count} products are not: {reason}" for reason, count in reasons.items())]
+    obstacle = head if isinstance(head, str) else head_obstacle(head)
+    if obstacle is None:
+        notes.append("so is the gradient of long batches through the head")
+    else:
+        notes.append(f"the gradient through the head is not: {obstacle}")
+    return "; ".join(notes)

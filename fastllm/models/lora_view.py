@@ -23,6 +23,8 @@ from .watch import Watch
 CACHE = "_fastllm_groups"
 # Attribute of an owning module whose frozen weights shall be multiplied in FP8.
 FP8_COMPUTE = "_fastllm_fp8_compute"
+# Attribute of a model the gradient of whose hidden states shall come through its head in FP8.
+FP8_GRADIENT = "_fastllm_fp8_gradient"
 
 
 def projection_of(module: nn.Module) -> Projection | str:

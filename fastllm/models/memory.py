@@ -277,8 +277,8 @@ def _tell_of_host(plan: list[Keep], tokens: int, sizes: LayerBytes) -> None:
 class LayerBytes:
     """Bytes a token that a layer holds (`stash` beside its input when it keeps all, `layer_input` always; of both
     `attention_half` is what comes before the MLP), what its backward needs at most for a moment, what its weights take
-    where they stay dequantised, and what all gradients of its trained parameters take. Beside them the arithmetic of
-    the matrix products of its halves, a token and forward."""
+    where they stay dequantised, and what all gradients of its trained parameters take; `head` is what a model's head
+    needs besides. And the arithmetic of the matrix products of a layer's halves, a token and forward."""
 
     stash: int
     layer_input: int
@@ -287,6 +287,7 @@ class LayerBytes:
     weights: int
     kept_weights: int
     gradients: int
+    head: int
     attention_flops: int
     mlp_flops: int
 
@@ -307,6 +308,7 @@ class LayerBytes:
         # Before an FP8 product its input is written a second time, a byte a value.
         backward += max(max(group.in_features, group.out_features) * group.is_fp8 for group in layer.groups())
         weights = sum(group.out_features * (group.in_features + group.extension) for group in layer.groups())
+        head = 3 * 2**28 + 2**30 * layer.qkv.is_fp8  # chunks of logits; in FP8 those too, and the transposed weight
         # Under autocast they are smaller than this.
         widest = max(dtype, layer.qkv.dtype or dtype, key=lambda dtype: dtype.itemsize)
         kept_weights = sum(group.kept_bytes(widest) for group in layer.groups())
@@ -316,15 +318,14 @@ class LayerBytes:
         )
         return cls(
             stash=stash, layer_input=size * width, attention_half=size * attention_half, backward=backward,
-            weights=size * weights, kept_weights=kept_weights, gradients=gradient_bytes(layer),
+            weights=size * weights, kept_weights=kept_weights, gradients=gradient_bytes(layer), head=head,
             attention_flops=attention_flops, mlp_flops=mlp_flops,
         )  # fmt: skip
 
     def transient(self, tokens: int) -> int:
         """The most that is alive at once besides what all layers but one keep: a layer's backward, or the head's chunks
         and what the last layer keeps."""
-        head = tokens * (2 * self.layer_input + self.stash) + 3 * 2**28
-        return max(tokens * self.backward + self.weights, head)
+        return max(tokens * self.backward + self.weights, tokens * (2 * self.layer_input + self.stash) + self.head)
 
 
 def _recorded_bytes(sizes: LayerBytes, tokens: int, layers: int, kept: int) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 from .._errors import ModelError
 from .arch import Arch, arch_of
 from .fp8_compute import fp8_note
-from .lora_view import FP8_COMPUTE, forget_groups
+from .lora_view import FP8_COMPUTE, FP8_GRADIENT, forget_groups
 from .memory import ActivationPlanner
 from .model_methods import PLANNER, ModelMethods
 from .module_walks import FastWalks
@@ -115,6 +115,7 @@ def restore(model: nn.Module) -> nn.Module:
         original = module.__dict__.pop(_ORIGINAL, None)
         module.__dict__.pop(PLANNER, None)
         module.__dict__.pop(FP8_COMPUTE, None)
+        module.__dict__.pop(FP8_GRADIENT, None)
         module.__dict__.pop(TOWER, None)
         module.__dict__.pop(BLOCK_INDEX, None)
         if original is not None:
@@ -156,7 +157,10 @@ def report(model: Any) -> FastReport:
         layers,
         head="head and loss fused" if not isinstance(head, str) else f"loss from full logits: {head}",
         activations=getattr(model, PLANNER).describe(),
-        notes=[fp8_note(fp8_groups), *(["the vision tower runs transformers' own forward"] if plain_tower else [])],
+        notes=[
+            fp8_note(fp8_groups, head),
+            *(["the vision tower runs transformers' own forward"] if plain_tower else []),
+        ],
         vision=vision,
     )
 

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fastllm.kernels
-from fastllm.kernels import adam_8bit
+from fastllm.kernels import adam_8bit, fp8_head
 from fastllm.kernels import glu_lora_backward as glu_lora
 from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backward
 from fastllm.kernels.copy_lora import copy_with_product
@@ -39,6 +39,7 @@ from fastllm.kernels.layer_norm import layer_norm, layer_norm_backward, layer_no
 from fastllm.kernels.linear_cross_entropy import LogitTransform, linear_cross_entropy, linear_token_losses
 from fastllm.kernels.lora import Projection, ProjectionGroup, project_group
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
+from fastllm.kernels.part_sums import PartSum, add_up
 from fastllm.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
 from fastllm.kernels.rope import rope
 from fastllm.kernels.row_copy import copy_rows
@@ -53,7 +54,7 @@ NEED_TENSOR_CORES = {
     f"fastllm.kernels.{name}" for name in ("copy_lora", "flash_attention", "glu_lora_backward", "glu_lora_forward")
 }
 # The same of FP8.
-NEED_FP8 = {f"fastllm.kernels.{name}" for name in ("fp8", "fp8_low_rank")}
+NEED_FP8 = {f"fastllm.kernels.{name}" for name in ("fp8", "fp8_head", "fp8_low_rank")}
 
 
 class TargetDriver:
@@ -106,6 +107,9 @@ def launches(dtype: torch.dtype) -> None:
     for width in (2304, 4096):
         read_rows(new(ROWS, width), torch.arange(ROWS))
         copy_rows(new(ROWS, width + 16)[:, :width], new(ROWS, width))
+    for columns in (32, 48):
+        sums = [PartSum(new(ROWS, 16), first) for first in range(0, columns, 16)]
+        add_up(torch.zeros(5, ROWS, columns), sums)
     for weight_decay in (0.0, 0.1):
         p, g, codes = new(ROWS, 2048), new(ROWS, 2048), torch.zeros(2, ROWS, 2048, dtype=torch.uint8)
         settings = {"step": 3, "lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
@@ -131,6 +135,11 @@ def fp8_launches(dtype: torch.dtype) -> None:
             quantize_weight(new(64, columns), out=weight.by_output)
             fp8_linear(new(ROWS, columns), weight, Term(new(ROWS, rank), new(64, rank)) if rank else None)
             fp8_input_grad(new(ROWS, 64), weight, Term(new(ROWS, rank), new(columns, rank)) if rank else None)
+    fp8_head._LEAST_ROWS = 1
+    head = ProjectionGroup([Projection(new(128256, 64))])
+    for transform in (LogitTransform(), LogitTransform(0.5, 30.0)):
+        hidden = new(ROWS, 64, requires_grad=True)
+        linear_cross_entropy(hidden, head, torch.arange(ROWS), transform=transform, fp8_gradient=True)
 
 
 def tensor_core_launches(dtype: torch.dtype) -> None:

@@ -2,8 +2,11 @@
 
 import pytest
 
+from fastllm.kernels.linear_cross_entropy import LogitTransform
+
 from ..planting import Bug
 from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_transposed, check_weight
+from .test_fp8_head import check_head_transposed, check_hidden_grads, check_logit_grads
 from .test_fp8_low_rank import check_balance, check_left, check_term
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
@@ -91,7 +94,34 @@ FP8_LOW_RANK = {
     "factors_forgotten": Bug("weight.by_output.scales, term, None)", "None, term, None)",
                              checks(check_term, 0.02, on="reference")),
 }  # fmt: skip
+FP8_HEAD = {
+    "tiles_of_the_head_not_transposed": Bug("values = tl.trans(to_e4m3(", "values = (to_e4m3(",
+                                            checks(check_head_transposed, 64, 64)),
+    "scales_of_the_first_inputs_only": Bug("mask=j < columns)", "mask=j < 64)", checks(check_head_transposed, 48, 80)),
+    "head_not_scaled_in_the_reference": Bug("weight.t().float() / out.scales[:, None]", "weight.t().float()",
+                                            checks(check_head_transposed, 48, 80, on="reference")),
+    "labels_forgotten": Bug("grads.of_labels[:, None].to(out.dtype)", "0.0 * grads.of_labels[:, None].to(out.dtype)",
+                            checks(check_hidden_grads, on="reference")),
+    "labels_twice": Bug("grads.float().scatter(1, at_labels, 0.0)", "grads.float()",
+                        checks(check_logit_grads, on="reference")),
+    "rows_not_scaled_in_the_reference": Bug("self.others.scales.copy_(largest / LARGEST)",
+                                            "self.others.scales.copy_(largest)",
+                                            checks(check_logit_grads, on="reference")),
+}  # fmt: skip
+LOSS = {
+    "scaled_by_the_largest_logit": Bug("tl.where(start + cols == label, -float(\"inf\"), z), axis=0))", "z, axis=0))",
+                                       checks(check_logit_grads)),
+    "labels_in_the_product": Bug("tl.where(start + cols == label, 0.0, grad * reciprocal)", "grad * reciprocal",
+                                 checks(check_logit_grads)),
+    "label_not_capped": Bug("of_label *= 1.0 - (target / softcap) * (target / softcap)", "of_label *= 1.0",
+                            checks(check_logit_grads, LogitTransform(softcap=5.0))),
+    "scale_of_ignored_rows_not_written": Bug("tl.store(scales_ptr + row, 0.0)", "pass", checks(check_hidden_grads)),
+    "hidden_gradient_of_the_chunk_before": Bug("fp8_head.hidden_grad(in_fp8, y,", "fp8_head.hidden_grad(in_fp8, y * 0,",
+                                               checks(check_hidden_grads, on="reference")),
+}  # fmt: skip
 BUGS = {
+    "fp8_head": FP8_HEAD,
+    "linear_cross_entropy": LOSS,
     "fp8_low_rank": FP8_LOW_RANK,
     "kept_weights": KEPT_WEIGHTS,
     "fp8": FP8,

@@ -9,6 +9,7 @@ import torch
 from fastllm import FastLanguageModel, FastVisionModel
 from fastllm._device import Device
 from fastllm._errors import ArgumentError, DeviceError, UnsupportedError
+from fastllm.kernels import fp8_head
 from fastllm.kernels.fp8 import CAPABILITY
 from fastllm.models import memory
 from fastllm.models.arch import get_arch
@@ -147,6 +148,24 @@ def test_one_step_beside_16_bit_products(family, device):
     distance = step(with_lora(fp8_copy(plain)), inputs).distance(step(with_lora(fast_copy(plain)), inputs))
     assert 1e-5 < distance["loss"] < 5e-3
     assert 0.05 < distance["whole"] < 0.3
+
+
+def test_the_gradient_through_the_head(device, monkeypatch):
+    """Of long batches, through a frozen head; the loss has the bits that it has without."""
+    config = copy.deepcopy(CONFIG)
+    config.vocab_size = 320
+    model = with_lora(fp8_copy(frozen(build(config, device=device))))
+    assert "so is the gradient of long batches through the head" in str(model.get_base_model().fast_report())
+    inputs = batch(config, device=device)
+    with deterministic():
+        short = step(model, inputs)
+        monkeypatch.setattr(fp8_head, "_LEAST_ROWS", 1)
+        long = step(model, inputs)
+        distance = long.distance(short)
+        assert long.loss == short.loss and 1e-3 < distance["whole"] < 0.1
+        model.get_base_model().lm_head.weight.requires_grad_(True)
+        assert "through the head is not: the head is trained" in str(model.get_base_model().fast_report())
+        assert step(model, inputs).distance(short)["whole"] == 0.0
 
 
 def test_every_plan_gives_the_same_bits(device, monkeypatch):
