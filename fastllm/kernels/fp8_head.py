@@ -70,7 +70,7 @@ class Fp8Head:
         """Write G W [T, D] to `out`, in fp32 or wider."""
         product = scaled_matmul(grads.others, self._transposed, self._weight.dtype)
         rows = self._weight[labels.masked_fill(labels == ignore_index, 0)]
-        torch.addcmul(product.to(out.dtype), grads.of_labels[:, None].to(out.dtype), rows.to(out.dtype), out=out)
+        torch.addcmul(product, grads.of_labels[:, None], rows, out=out)
 
 
 def head_obstacle(head: ProjectionGroup) -> str | None:

@@ -9,7 +9,8 @@ which adds the offset after rounding the product: the kernel therefore runs with
 Source: Dettmers et al., "QLoRA", arXiv 2305.14314, section 3.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,6 +44,28 @@ class Nf4Weight:
     @property
     def device(self) -> torch.device:
         return self.packed.device
+
+    @property
+    def rows_apart(self) -> int:
+        """Rows at each multiple of this number begin a block, nested ones too, so that `rows` can begin there; 0 where
+        rows end inside of blocks."""
+        blocks, rest = divmod(self.shape[1], self.blocksize)
+        if rest:
+            return 0
+        nested = 1 if self.nested_absmax is None else self.nested_blocksize
+        return nested // math.gcd(blocks, nested)
+
+    def rows(self, rows: slice) -> "Nf4Weight":
+        """These rows, from a multiple of `rows_apart` on, in the same memory."""
+        columns = self.shape[1]
+        blocks = slice(rows.start * columns // self.blocksize, rows.stop * columns // self.blocksize)
+        nested = self.nested_absmax
+        if nested is not None:
+            nested = nested[blocks.start // self.nested_blocksize : -(-blocks.stop // self.nested_blocksize)]
+        return replace(
+            self, packed=self.packed.flatten()[rows.start * columns // 2 : rows.stop * columns // 2],
+            absmax=self.absmax[blocks], nested_absmax=nested, shape=(rows.stop - rows.start, columns),
+        )  # fmt: skip
 
 
 def dequantize_nf4(weight: Nf4Weight, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -61,11 +61,12 @@ def _add_up_kernel(
     row_live = rows < num_rows
     at = (rows.to(tl.int64) * columns + cols)[None, :, :]
     live = (row_live & (cols < columns))[None, :, :]
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    sums = tl.zeros((PARTS, ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, count, PARTS):
         part = (start + tl.arange(0, PARTS))[:, None, None]
         at_part = parts_ptr + part.to(tl.int64) * num_rows * columns + at
-        total += tl.sum(tl.load(at_part, mask=(part < count) & live, other=0.0), axis=0)
+        sums += tl.load(at_part, mask=(part < count) & live, other=0.0)
+    total = tl.sum(sums, axis=0)  # once: threads exchange what they hold
     _store(out0, rows, cols - first0, row_live, rank0, total * factor0, row_stride0, rank_stride0)
     _store(out1, rows, cols - first1, row_live, rank1, total * factor1, row_stride1, rank_stride1)
     _store(out2, rows, cols - first2, row_live, rank2, total * factor2, row_stride2, rank_stride2)

@@ -82,11 +82,6 @@ class ProjectionGroup:
         """Whether all weights are 4-bit."""
         return all(projection.is_packed for projection in self.projections)
 
-    @property
-    def widest(self) -> int:
-        """Out features of the projection that has most."""
-        return max(projection.out_features for projection in self.projections)
-
     def parameters(self) -> list[torch.Tensor | None]:
         """`PARAMETERS_PER_PROJECTION` entries a projection; the order of the gradients of `project_backward`."""
         return [parameter for projection in self.projections for parameter in projection.parameters()]
@@ -104,12 +99,10 @@ class ProjectionGroup:
         """A `[T, K + E]` whose left part takes the input, for the extended product; its contents are undefined."""
         return _finite_buffer(like.shape[0], self.in_features + self._spare_columns, dtype, like.device)
 
-    def widest_buffer(self, dtype: torch.dtype) -> torch.Tensor:
-        """An `[n + E, K + E]` that takes any one weight, with B beside it; its contents are undefined."""
-        # The rows of A, which nobody writes, make that of gate and up as large as joined down: either takes over the
-        # memory that the other leaves.
+    def weight_buffer(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """A `[rows, K + E]` that takes rows of a weight, with those of B beside them; its contents are undefined."""
         device = self.projections[0].weight.device
-        return _finite_buffer(self.widest + self.extension, self.in_features + self.extension, dtype, device)
+        return _finite_buffer(rows, self.in_features + self.extension, dtype, device)
 
     def output_buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A `[T, N + E]` whose left part takes the output, or its gradient; its contents are undefined."""

@@ -5,12 +5,16 @@ import pytest
 from ..planting import Bug
 from .test_lora import DROPOUT, GROUPS
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
-from .test_weights_in_turn import check_in_turn
+from .test_weights_in_turn import IN_PIECES, check_in_pieces, check_in_turn
 
 IN_TURN = {
     "only_the_first_is_dequantised": Bug(
-        "dequantize_nf4(projection.weight, self.dtype", "dequantize_nf4(group.projections[0].weight, self.dtype",
+        "dequantize_nf4(projection.weight.rows(piece)", "dequantize_nf4(group.projections[0].weight.rows(piece)",
         checks(check_in_turn, GROUPS["gate_up"], on="reference"),
+    ),
+    "first_piece_only": Bug(
+        "projection.weight.rows(piece)", "projection.weight.rows(slice(0, piece.stop - piece.start))",
+        checks(check_in_pieces, IN_PIECES, on="reference"),
     ),
     "rows_of_b_of_the_first": Bug(
         "self.b[rows]", "self.b[: projection.out_features]", checks(check_in_turn, GROUPS["gate_up"], on="reference")
@@ -36,7 +40,17 @@ PRODUCTS = {
         checks(check_in_turn, DROPOUT, on="reference"),
     ),
 }  # fmt: skip
-BUGS = {"weights_in_turn": IN_TURN, "lora": PRODUCTS}
+NF4 = {
+    "statistics_of_the_first_rows": Bug(
+        "absmax=self.absmax[blocks]", "absmax=self.absmax[: blocks.stop - blocks.start]",
+        checks(check_in_pieces, IN_PIECES, on="reference"),
+    ),
+    "nested_statistics_of_the_first_rows": Bug(
+        "nested = nested[blocks.start // self.nested_blocksize :", "nested = nested[0 :",
+        checks(check_in_pieces, IN_PIECES, on="reference"),
+    ),
+}  # fmt: skip
+BUGS = {"weights_in_turn": IN_TURN, "lora": PRODUCTS, "nf4": NF4}
 
 
 @pytest.mark.parametrize(("module", "bug"), [

@@ -6,12 +6,12 @@ import functools
 import pytest
 import torch
 
-from fastllm.kernels import lora
+from fastllm.kernels import lora, weights_in_turn
 from fastllm.kernels.kept_weights import KeptWeights
 from fastllm.kernels.layer_definition import Keep
 from fastllm.kernels.lora import prepare
 from fastllm.kernels.nf4 import Nf4Weight, dequantize_nf4
-from fastllm.kernels.weights_in_turn import spares_memory_in_turn
+from fastllm.kernels.weights_in_turn import _pieces, spares_memory_in_turn
 
 from ..determinism import deterministic
 from .layers import Spec, call_of, layer_of, parameters_of
@@ -36,6 +36,35 @@ def check_in_turn(setting: Setting, specs: list[GroupSpec]) -> None:
 @pytest.mark.parametrize("name", ["no_lora", "gate_up", "qkv_bias", "one_bias", "hole", "first_plain", "dropout"])
 def test_matches_float64(setting, name):
     check_in_turn(setting, DROPOUT if name == "dropout" else GROUPS[name])
+
+
+# 128 rows of a weight begin a nested block of its statistics.
+IN_PIECES = [GroupSpec(300, 8), GroupSpec(130, 4, has_bias=True)]
+
+
+def check_in_pieces(setting: Setting, specs: list[GroupSpec]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights_in_turn, "_MOST_VALUES", 140 * IN_FEATURES)
+        check_in_turn(setting, specs)
+
+
+@pytest.mark.parametrize("specs", [IN_PIECES, IN_PIECES[:1], DROPOUT], ids=["two", "one", "dropout"])
+def test_weights_in_pieces_match_float64(setting, specs):
+    check_in_pieces(setting, specs)
+
+
+def test_pieces_are_alike_and_begin_blocks(fp32, monkeypatch):
+    monkeypatch.setattr(weights_in_turn, "_MOST_VALUES", 300 * 128)
+    sizes = {}
+    for shape, is_nested in (((700, 128), True), ((700, 128), False), ((100, 128), True), ((700, 96), True)):
+        weight, _, _ = quantize(fp32.randn(*shape, dtype=torch.float32), is_nested=is_nested)
+        pieces = _pieces(weight)
+        sizes[shape, is_nested] = [piece.stop - piece.start for piece in pieces]
+        with fp32.active():
+            whole = dequantize_nf4(weight, fp32.dtype)
+            if len(pieces) > 1:
+                assert torch.cat([dequantize_nf4(weight.rows(piece), fp32.dtype) for piece in pieces]).equal(whole)
+    assert list(sizes.values()) == [[256, 256, 188], [234, 234, 232], [100], [700]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -76,7 +105,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     return found
 
 
-# 14 rows: few beside 64 columns of k and v, or 128 of up, of which 192 and 128 are spared.
+# 14 rows: few beside 128 columns of q, k and v, or 256 of gate and up.
 LAYERS = {
     "recomputed": Spec(keep=Keep.OFFLOADED_INPUT),
     "kept": Spec(has_bias=True),
@@ -119,11 +148,11 @@ def test_weights_are_joined_where_that_spares_no_memory(fp32, taken, length, opt
 
 
 def test_what_has_to_pay_is_the_fp32_sum_of_the_gradient(fp32):
-    """Its 6 bytes a value are less than half of the 2 bytes a weight that up, or k and v, do not take."""
+    """A quarter of what joined weights and the gradient take is left, and the sum is narrower than the weights."""
     layer = layer_of(Spec(), parameters_of(fp32, Spec()))
     tensors = {name: quantize(t)[0] if "weight" in name else t for name, t in parameters_of(fp32, Spec()).items()}
     packed = layer_of(Spec(), tensors)
-    most = {"qkv": 10, "gate_up": 21}  # 6 * 10 < 32 + 32 and 6 * 21 < 128
+    most = {"qkv": 21, "gate_up": 42}  # 6 * 21 < 128 and 6 * 42 < 256
     for name, rows in most.items():
         group = getattr(packed, name)
         assert spares_memory_in_turn(group, rows) and not spares_memory_in_turn(group, rows + 1)
