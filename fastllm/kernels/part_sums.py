@@ -1,7 +1,7 @@
 """Parts of narrow matrices, side by side in one buffer, added up into a matrix of each:  Y = f sum_p X_p
 
-A kernel whose programs each see some of a sum leaves as many parts; here all are added in a fixed order, scaled and
-rounded in one launch, where torch takes one for each of those.
+A kernel whose programs each see some of a sum leaves as many parts; here a few are added, scaled, rounded and stored in
+one launch, where torch takes one for each of those. Sums are made in a fixed order.
 
 Shapes: parts [P, R, C]; Y [R, r], of any strides, with r of the columns.
 Dtypes: parts in fp32, as the sums are; Y in any float dtype.
@@ -15,8 +15,7 @@ import torch
 from .dispatch import jit, launch_on, next_power_of_2, tl, triton, use_triton
 
 _MOST_SUMS = 3
-# A program's rows, and the parts that it reads at a time.
-_ROWS, _PARTS = 8, 16
+_ROWS, _PARTS = 16, 8  # of a program
 
 
 class PartSum(NamedTuple):
@@ -34,6 +33,8 @@ def add_up(parts: torch.Tensor, sums: Sequence[PartSum]) -> None:
         for out, first, factor in sums:
             out.copy_(total[:, first : first + out.shape[1]] * factor)
         return
+    if parts.shape[0] > _PARTS:
+        parts = parts.sum(0, keepdim=True)  # torch adds up many of them as fast as memory gives them
     count, rows, columns = parts.shape
     if not (sums and rows):
         return
@@ -43,8 +44,8 @@ def add_up(parts: torch.Tensor, sums: Sequence[PartSum]) -> None:
     arguments += [parts, 0, 0, 1.0, 0, 0] * (_MOST_SUMS - len(sums))
     with launch_on(parts):
         _add_up_kernel[(triton.cdiv(rows, _ROWS),)](
-            parts, *arguments, count, rows, columns, ROWS=_ROWS, PARTS=_PARTS, COLUMNS=next_power_of_2(columns),
-            num_warps=4,
+            parts, *arguments, count, rows, columns, ROWS=_ROWS, PARTS=next_power_of_2(count),
+            COLUMNS=next_power_of_2(columns), num_warps=4,
         )  # fmt: skip
 
 
@@ -61,12 +62,9 @@ def _add_up_kernel(
     row_live = rows < num_rows
     at = (rows.to(tl.int64) * columns + cols)[None, :, :]
     live = (row_live & (cols < columns))[None, :, :]
-    sums = tl.zeros((PARTS, ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, count, PARTS):
-        part = (start + tl.arange(0, PARTS))[:, None, None]
-        at_part = parts_ptr + part.to(tl.int64) * num_rows * columns + at
-        sums += tl.load(at_part, mask=(part < count) & live, other=0.0)
-    total = tl.sum(sums, axis=0)  # once: threads exchange what they hold
+    part = tl.arange(0, PARTS)[:, None, None]
+    at_part = parts_ptr + part.to(tl.int64) * num_rows * columns + at
+    total = tl.sum(tl.load(at_part, mask=(part < count) & live, other=0.0), axis=0)
     _store(out0, rows, cols - first0, row_live, rank0, total * factor0, row_stride0, rank_stride0)
     _store(out1, rows, cols - first1, row_live, rank1, total * factor1, row_stride1, rank_stride1)
     _store(out2, rows, cols - first2, row_live, rank2, total * factor2, row_stride2, rank_stride2)
