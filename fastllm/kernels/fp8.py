@@ -318,7 +318,7 @@ def e4m3_bits(x):
 
 
 @jit
-def _e4m3_value(bits):
+def e4m3_value(bits):
     """The fp32 numbers that the bits of e4m3 stand for, but for its NaN."""
     magnitude = bits.to(tl.int32) & 0x7F
     normal = ((magnitude + ((127 - 7) << 3)) << 20).to(tl.float32, bitcast=True)
@@ -330,7 +330,7 @@ def _e4m3_value(bits):
 def split(x):
     """fp32 numbers of up to 448 as the sum of two of e4m3, in bits: the nearest, and the nearest to what it lacks."""
     high = e4m3_bits(x)
-    return high, e4m3_bits(x - _e4m3_value(high))
+    return high, e4m3_bits(x - e4m3_value(high))
 
 
 @jit

@@ -2,14 +2,15 @@
 
     dH = G W = (G - G_L) W + diag(g_L) W[labels]       G = d(loss) / d(logits),  g_L its entries at the labels
 
-A row's entry at its label, p - 1, is as large as all others together, so it stays out of the product and meets its row
-of W in the compute dtype. Only the others are rounded: to e4m3, with a scale for each row by which the largest of them
-is exact, and zero below 2^-19 of it. The transpose of W has one scale, as the values of a head are of one magnitude; it
-is made in each call, since a frozen weight may still be edited in place. The logits and the loss are not touched.
+A row's entry at its label, p - 1, is as large as all others together, so it stays out of the product, in fp32. The
+others are rounded to e4m3, with a scale for each row by which the largest of them is exact, and zero below 2^-19 of it.
+Both parts read the same W, rounded to e4m3 with one scale, as the values of a head are of one magnitude: over many
+tokens of a trained model they all but cancel, and what W is off by has to cancel with them. Its transpose is made in
+each call, since a frozen weight may still be edited in place. The logits and the loss are not touched.
 
-The product is off by 3.6 % (L2 norm, as `fp8.py` derives it), dH by less: its other part is as large, and exact.
+Off by 3.6 % (L2 norm, as `fp8.py` derives it).
 
-Shapes: G [T, V], W [V, D], labels [T], dH [T, D].  Dtypes: those of fp8.py; g_L and dH in fp32.
+Shapes: G [T, V], W [V, D], labels [T], dH [T, D].  Dtypes: those of fp8.py; g_L and dH in fp32 or wider.
 Source: the splitting is ours; scales and rounding as in fp8.py.
 """
 
@@ -23,6 +24,7 @@ from .fp8 import (
     LARGEST,
     MULTIPLE,
     Fp8Matrix,
+    e4m3_value,
     largest_magnitude,
     magnitude_bits,
     row_scale,
@@ -35,6 +37,7 @@ from .projections import ProjectionGroup
 # Rows from which the product spares more than making the transpose of W takes.
 _LEAST_ROWS = 2048
 _TILE = 64
+_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,16 +64,29 @@ class LogitGrads:
 
 
 class Fp8Head:
-    """A head's weight `[V, D]` and its transpose in FP8."""
+    """A head's weight `[V, D]`, and its transpose in FP8."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight, self._transposed = weight.detach(), quantize_transposed(weight.detach())
+        weight = weight.detach()
+        self._weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self._transposed = quantize_transposed(self._weight)
 
     def hidden_grad(self, grads: LogitGrads, labels: torch.Tensor, ignore_index: int, *, out: torch.Tensor) -> None:
         """Write G W [T, D] to `out`, in fp32 or wider."""
         product = scaled_matmul(grads.others, self._transposed, self._weight.dtype)
-        rows = self._weight[labels.masked_fill(labels == ignore_index, 0)]
-        torch.addcmul(product, grads.of_labels[:, None], rows, out=out)
+        scales = self._transposed.scales
+        if not use_triton(product):
+            rows = self._weight[labels.masked_fill(labels == ignore_index, 0)]
+            rounded = (rows.float() / scales[0]).to(DTYPE).float() * scales[0]
+            torch.addcmul(product, grads.of_labels[:, None], rounded, out=out)
+            return
+        columns = out.shape[1]
+        with launch_on(out):
+            _add_label_rows_kernel[(out.shape[0], triton.cdiv(columns, _BLOCK))](
+                product, grads.of_labels, labels.contiguous(), self._weight, scales, out, columns, ignore_index,
+                product.stride(0), self._weight.stride(0), out.stride(0), BLOCK=_BLOCK,
+                CONVERTS=compiles_to_ptx(product), num_warps=4,
+            )  # fmt: skip
 
 
 def head_obstacle(head: ProjectionGroup) -> str | None:
@@ -93,7 +109,7 @@ def serves_head(head: ProjectionGroup, rows: int) -> bool:
 
 
 def quantize_transposed(weight: torch.Tensor) -> Fp8Matrix:
-    """The transpose [D, V] of a weight `[V, D]` in FP8, with one scale for all rows."""
+    """The transpose [D, V] of a weight `[V, D]`, with unit stride along D, in FP8 with one scale for all rows."""
     rows, columns = weight.shape
     out = Fp8Matrix.empty(columns, rows, weight.device)
     largest = largest_magnitude(weight)
@@ -101,7 +117,6 @@ def quantize_transposed(weight: torch.Tensor) -> Fp8Matrix:
         out.scales.copy_(row_scales_reference(largest).expand(columns))
         out.values.copy_((weight.t().float() / out.scales[:, None]).to(DTYPE))
         return out
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     with launch_on(weight):
         _quantize_transposed_kernel[(triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE))](
             weight, largest, out.values.view(torch.uint8), out.scales, rows, columns, weight.stride(0),
@@ -125,3 +140,20 @@ def _quantize_transposed_kernel(
     tl.store(values_ptr + j.to(tl.int64)[:, None] * values_stride + i[None, :], values, mask=live)
     if tl.program_id(0) == 0:
         tl.store(scales_ptr + j, tl.zeros((TILE,), tl.float32) + scale, mask=j < columns)
+
+
+@jit
+def _add_label_rows_kernel(
+    product_ptr, of_labels_ptr, labels_ptr, weight_ptr, scales_ptr, out_ptr, columns, ignore_index,
+    product_stride, weight_stride, out_stride, BLOCK: tl.constexpr, CONVERTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = cols < columns
+    label = tl.load(labels_ptr + row)
+    label = tl.where(label == ignore_index, 0, label).to(tl.int64)
+    scale = tl.load(scales_ptr)
+    weight = tl.load(weight_ptr + label * weight_stride + cols, mask=live, other=0.0).to(tl.float32)
+    weight = e4m3_value(to_e4m3(weight / scale, CONVERTS)) * scale
+    product = tl.load(product_ptr + row * product_stride + cols, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + cols, product + tl.load(of_labels_ptr + row) * weight, mask=live)

@@ -7,7 +7,7 @@ import torch
 
 from fastllm.kernels import fp8_head
 from fastllm.kernels.fp8 import CAPABILITY
-from fastllm.kernels.fp8_head import LogitGrads, head_obstacle, quantize_transposed
+from fastllm.kernels.fp8_head import Fp8Head, LogitGrads, head_obstacle, quantize_transposed
 from fastllm.kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     PLAIN_LOGITS,
@@ -159,12 +159,37 @@ def hidden_grads(
 
 
 def check_hidden_grads(setting: Setting, *, per_row: bool = False) -> None:
-    """The same losses; gradients as near as the product of two rounded matrices, the part of the labels being exact."""
+    """The same losses; gradients as near as the product of two rounded matrices."""
     loss, expected = hidden_grads(setting, per_row=per_row)
     again, found = hidden_grads(setting, per_row=per_row, fp8_gradient=True)
     require_near("losses", again, loss)
     if not 1e-4 < (error := rel_l2(found, expected)) < PRODUCT:
         raise OverLimit(f"gradients are off by {error}")
+
+
+def check_label_rows(setting: Setting) -> None:
+    """They come from the rounded weight, as the product does: the whole is the gradient of one matrix."""
+    weight, labels = setting.randn(VOCAB, WIDTH), labels_of(setting)
+    grads = LogitGrads.empty(ROWS, VOCAB, setting.device)
+    whole = setting.randn(ROWS, VOCAB, dtype=torch.float32)
+    whole.scatter_(1, labels.clamp(min=0)[:, None], -30.0)  # as large as all others together
+    whole[labels == IGNORE_INDEX] = 0.0
+    grads.fill(whole, labels, IGNORE_INDEX)
+    out = torch.empty(ROWS, WIDTH + 8, device=setting.device)[:, 3 : 3 + WIDTH]
+    with setting.active():
+        head = Fp8Head(weight)
+        head.hidden_grad(grads, labels, IGNORE_INDEX, out=out)
+    rounded = head._transposed.dequantized(torch.float64).t()
+    expected = grads.others.dequantized(torch.float64) @ rounded
+    label_part = grads.of_labels.double()[:, None] * rounded[labels.clamp(min=0)]
+    # The product is rounded to the compute dtype, and its tensor cores sum in fewer bits.
+    allowed = 2e-3 * expected.norm() + torch.finfo(setting.dtype).eps * expected.norm()
+    if (error := (out.double() - expected - label_part).norm()) > allowed:
+        raise OverLimit(f"off by {error}, allowed {allowed}")
+
+
+def test_label_rows(setting):
+    check_label_rows(setting)
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["mean", "rows"])

@@ -6,7 +6,7 @@ from fastllm.kernels.linear_cross_entropy import LogitTransform
 
 from ..planting import Bug
 from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_transposed, check_weight
-from .test_fp8_head import check_head_transposed, check_hidden_grads, check_logit_grads
+from .test_fp8_head import check_head_transposed, check_hidden_grads, check_label_rows, check_logit_grads
 from .test_fp8_low_rank import check_balance, check_left, check_term
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
@@ -54,7 +54,7 @@ FP8 = {
                                                             checks(check_weight, on="reference")),
     "no_room_for_the_term": Bug("largest = tl.maximum(largest, tl.max(magnitude_bits(left), axis=0))", "pass",
                                 checks(check_left)),
-    "low_part_lost": Bug("e4m3_bits(x - _e4m3_value(high))", "e4m3_bits(x - x)", checks(check_left)),
+    "low_part_lost": Bug("e4m3_bits(x - e4m3_value(high))", "e4m3_bits(x - x)", checks(check_left)),
     "sign_of_the_low_part_lost": Bug("tl.where(bits >= 0x80, -value, value)", "value", checks(check_left)),
     "small_steps_read_as_normal": Bug("magnitude < 8, magnitude.to", "magnitude < 0, magnitude.to", checks(check_left)),
     "columns_past_the_ranks_not_written": Bug("mask=(rest >= 3 * rank) & (rest < extension)", "mask=rest < 0",
@@ -100,7 +100,14 @@ FP8_HEAD = {
     "scales_of_the_first_inputs_only": Bug("mask=j < columns)", "mask=j < 64)", checks(check_head_transposed, 48, 80)),
     "head_not_scaled_in_the_reference": Bug("weight.t().float() / out.scales[:, None]", "weight.t().float()",
                                             checks(check_head_transposed, 48, 80, on="reference")),
-    "labels_forgotten": Bug("grads.of_labels[:, None], rows", "0.0 * grads.of_labels[:, None], rows",
+    "label_rows_not_rounded": Bug("weight = e4m3_value(to_e4m3(weight / scale, CONVERTS)) * scale", "pass",
+                                  checks(check_label_rows)),
+    "label_rows_not_rounded_in_the_reference": Bug("grads.of_labels[:, None], rounded,",
+                                                   "grads.of_labels[:, None], rows,",
+                                                   checks(check_label_rows, on="reference")),
+    "rows_of_the_first_label": Bug("labels_ptr + row)\n    label =", "labels_ptr)\n    label =",
+                                   checks(check_label_rows)),
+    "labels_forgotten": Bug("grads.of_labels[:, None], rounded", "0.0 * grads.of_labels[:, None], rounded",
                             checks(check_hidden_grads, on="reference")),
     "labels_twice": Bug("grads.float().scatter(1, at_labels, 0.0)", "grads.float()",
                         checks(check_logit_grads, on="reference")),
