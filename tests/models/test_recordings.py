@@ -141,6 +141,20 @@ def test_layers_that_are_given_the_same_run_in_one_call(make, device, monkeypatc
     assert found == [1] * 4, "a hook for all modules sees the output of each"
 
 
+def test_the_gpu_is_busy_while_the_host_looks_for_the_layers_that_follow(make, device, monkeypatch):
+    model, _ = make()
+    train(model, device)
+    inputs, busy, real = batch(CONFIG, device=device), [], Known.runs_after
+
+    def watched(self, other):
+        (shape,) = planner_of(model).recordings._shapes.values()
+        busy.append(shape.passes[0].recorded.is_busy)
+        return real(self, other)
+
+    monkeypatch.setattr(Known, "runs_after", watched)
+    assert replays(model, inputs, monkeypatch) == [4] and busy == [True] * 3
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_what_a_layer_gives_is_what_the_next_one_gets(family, device):
     """So that one call may run both: nothing stands between them."""
