@@ -56,14 +56,15 @@ class Nf4Weight:
         return nested // math.gcd(blocks, nested)
 
     def rows(self, rows: slice) -> "Nf4Weight":
-        """These rows, from a multiple of `rows_apart` on, in the same memory."""
+        """These rows, from the first or a multiple of `rows_apart` on, in the same memory."""
         columns = self.shape[1]
-        blocks = slice(rows.start * columns // self.blocksize, rows.stop * columns // self.blocksize)
+        # The last row may end inside a block, and inside a byte.
+        blocks = slice(rows.start * columns // self.blocksize, -(-rows.stop * columns // self.blocksize))
         nested = self.nested_absmax
         if nested is not None:
             nested = nested[blocks.start // self.nested_blocksize : -(-blocks.stop // self.nested_blocksize)]
         return replace(
-            self, packed=self.packed.flatten()[rows.start * columns // 2 : rows.stop * columns // 2],
+            self, packed=self.packed.flatten()[rows.start * columns // 2 : -(-rows.stop * columns // 2)],
             absmax=self.absmax[blocks], nested_absmax=nested, shape=(rows.stop - rows.start, columns),
         )  # fmt: skip
 

@@ -67,6 +67,14 @@ def test_pieces_are_alike_and_begin_blocks(fp32, monkeypatch):
     assert list(sizes.values()) == [[256, 256, 188], [234, 234, 232], [100], [700]]
 
 
+@pytest.mark.parametrize("shape", [(37, 97), (5, 33), (3, 64)], ids=str)
+def test_a_weight_in_one_piece_may_end_inside_a_block(fp32, shape):
+    weight, _, _ = quantize(fp32.randn(*shape, dtype=torch.float32))
+    (piece,) = _pieces(weight)
+    with fp32.active():
+        assert dequantize_nf4(weight.rows(piece), fp32.dtype).equal(dequantize_nf4(weight, fp32.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_small_updates_are_not_lost(device, monkeypatch, dtype):
     monkeypatch.setattr(lora, "prepare", functools.partial(prepare, in_turn=True))
