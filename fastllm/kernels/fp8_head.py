@@ -54,7 +54,7 @@ class LogitGrads:
 
     def fill(self, grads: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> None:
         """From G `[T, V]`: the definition, whose like is part of the kernel of the cross-entropy."""
-        at_labels = labels.masked_fill(labels == ignore_index, 0)[:, None]
+        at_labels = _rows_of_head(labels, ignore_index)[:, None]
         self.of_labels.copy_(grads.gather(1, at_labels)[:, 0])
         others = grads.float().scatter(1, at_labels, 0.0)
         largest = others.abs().amax(1)
@@ -76,7 +76,7 @@ class Fp8Head:
         product = scaled_matmul(grads.others, self._transposed, self._weight.dtype)
         scales = self._transposed.scales
         if not use_triton(product):
-            rows = self._weight[labels.masked_fill(labels == ignore_index, 0)]
+            rows = self._weight[_rows_of_head(labels, ignore_index)]
             rounded = (rows.float() / scales[0]).to(DTYPE).float() * scales[0]
             torch.addcmul(product, grads.of_labels[:, None], rounded, out=out)
             return
@@ -123,6 +123,11 @@ def quantize_transposed(weight: torch.Tensor) -> Fp8Matrix:
             out.values.stride(0), TILE=_TILE, CONVERTS=compiles_to_ptx(weight), num_warps=4,
         )  # fmt: skip
     return out
+
+
+def _rows_of_head(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The labels, the first row for what is ignored: its gradient is zero."""
+    return labels.masked_fill(labels == ignore_index, 0)
 
 
 @jit

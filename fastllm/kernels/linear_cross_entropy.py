@@ -328,7 +328,7 @@ class _HeadGradients:
             dbias += dlogits.sum(0, dtype=dbias.dtype)
         if da is not None:
             assert prepared.b is not None
-            da += matmul_fp32((dlogits @ prepared.b[:, :rank]).t(), hidden) * self.scaling
+            da += matmul_fp32((dlogits @ prepared.b[:, :rank]).t(), hidden, factor=self.scaling)
         if db is not None:
             assert low_rank is not None
             db += matmul_fp32(dlogits.t(), low_rank[:, :rank])

@@ -17,6 +17,7 @@ import torch
 
 from .layer_definition import Norm
 from .lora import PARAMETERS_PER_PROJECTION, PreparedGroup, parameter_grads, stacked_a_grad
+from .projections import ProjectionGroup
 from .rms_norm import rms_norm_forward
 
 
@@ -43,18 +44,18 @@ def normed_parameter_grads(
         rms_norm_forward(x, norm.weight, norm.eps, offset=norm.offset, out=hidden)
     elif needs_a:
         assert dy_low_rank is not None
-        stacked_da = _stacked_da(prepared, norm, x, rstd, dy_low_rank)
+        stacked_da = _stacked_da(prepared.group, norm, x, rstd, dy_low_rank)
     return parameter_grads(
         prepared, dy, dy_low_rank, hidden, low_rank, masks, needs, stacked_da=stacked_da, known_db=known_db
     )
 
 
 def _stacked_da(
-    prepared: PreparedGroup, norm: Norm, x: torch.Tensor, rstd: torch.Tensor, dy_low_rank: torch.Tensor
+    group: ProjectionGroup, norm: Norm, x: torch.Tensor, rstd: torch.Tensor, dy_low_rank: torch.Tensor
 ) -> torch.Tensor:
     """`stacked_a_grad` of norm(x) [ranks, D]."""
     scaled = torch.empty(dy_low_rank.shape, dtype=dy_low_rank.dtype, device=dy_low_rank.device)
     torch.mul(dy_low_rank, rstd[:, None], out=scaled)
-    product = stacked_a_grad(prepared.group, scaled, x)
+    product = stacked_a_grad(group, scaled, x)
     weight = norm.weight.detach()
     return product.mul_(weight.to(product.dtype) + norm.offset if norm.offset else weight)

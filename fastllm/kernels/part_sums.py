@@ -33,11 +33,11 @@ def add_up(parts: torch.Tensor, sums: Sequence[PartSum]) -> None:
         for out, first, factor in sums:
             out.copy_(total[:, first : first + out.shape[1]] * factor)
         return
+    if not (sums and parts.shape[1]):
+        return
     if parts.shape[0] > _PARTS:
         parts = parts.sum(0, keepdim=True)  # torch adds up many of them as fast as memory gives them
     count, rows, columns = parts.shape
-    if not (sums and rows):
-        return
     arguments = []
     for out, first, factor in sums:
         arguments += [out, first, out.shape[1], float(factor), *out.stride()]

@@ -106,9 +106,10 @@ class FastLanguageModel:
                 classes, instead of doing that with a notice.
             fp8_compute: multiply the frozen weights of the decoder layers in FP8 (e4m3, scaled by row), forward and
                 backward, on GPUs that have it (compute capability 8.9 and later). Off by default, since it changes the
-                results: each product is off by 3.8 % (L2). Norms, attention and the head stay in bf16, and of LoRA all
-                but its terms in those products, which keep 8 bits of each value. It does not read checkpoints stored in
-                FP8, which `load_in_fp8` asks for.
+                results: each product is off by 3.8 % (L2). The gradient of batches from 2,048 tokens on comes through
+                a frozen head in FP8 too. Norms, attention, logits and loss stay in bf16, and of LoRA all but its terms
+                in those products, which keep 8 bits of each value. It does not read checkpoints stored in FP8, which
+                `load_in_fp8` asks for.
             cuda_graphs: layers of batches of up to 4,096 tokens (8,192 with `fp8_compute`) are launched as CUDA graphs
                 from the third batch of a shape on, where memory is left beside the largest batch. The results are the
                 same.

@@ -116,9 +116,9 @@ def replays(model, inputs, monkeypatch):
     """How many layers each call of a forward runs."""
     found, real = [], chains.replay
 
-    def counting(passes, x, call):
+    def counting(passes, x, started):
         found.append(len(passes))
-        return real(passes, x, call)
+        return real(passes, x, started)
 
     with monkeypatch.context() as patched:
         patched.setattr(chains, "replay", counting)
