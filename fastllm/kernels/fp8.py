@@ -44,6 +44,8 @@ MULTIPLE = 16
 # (major, minor) of the first NVIDIA GPUs with FP8 products.
 CAPABILITY = (8, 9)
 _TILE = 64
+# Rows of more values are read twice, so many at a time, the second time from a cache: registers would not hold them.
+_WIDEST_ROW, _PIECE, _PIECE_WARPS = 16384, 4096, 16
 # Rows that begin elsewhere than at such a multiple of bytes make a product up to half slower on an H100.
 _ALIGNMENT = 128
 # The columns of a low-rank term are filled up with zeros to such a multiple.
@@ -146,14 +148,17 @@ def quantize_rows(
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
     block = next_power_of_2(columns)
+    warps = min(num_warps_for(block), max(block // 2048, 4))
+    if block > _WIDEST_ROW:
+        block, warps = _PIECE, _PIECE_WARPS
     with launch_on(x):
         _quantize_rows_kernel[(rows,)](
             x, *(out.scales if given is None else given for given in (factors, left, balance, at_least)),
             out.values.view(torch.uint8), out.scales, columns, rank, out.extension,
             x.stride(0), *((0, 0) if left is None else left.stride()), out.values.stride(0),
             HAS_FACTORS=factors is not None, HAS_LEFT=left is not None, HAS_LEAST=at_least is not None, BLOCK=block,
-            RANKS=next_power_of_2(rank), EXTENSION=next_power_of_2(out.extension), CONVERTS=compiles_to_ptx(x),
-            num_warps=min(num_warps_for(block), max(block // 2048, 4)),
+            IN_PIECES=block < columns, RANKS=next_power_of_2(rank), EXTENSION=next_power_of_2(out.extension),
+            CONVERTS=compiles_to_ptx(x), num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -252,19 +257,25 @@ def transpose_values(matrix: Fp8Matrix, *, out: Fp8Matrix) -> None:
 def _quantize_rows_kernel(
     x_ptr, factors_ptr, left_ptr, balance_ptr, least_ptr, values_ptr, scales_ptr, columns, rank, extension, x_stride,
     left_stride, left_rank_stride, values_stride, HAS_FACTORS: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_LEAST: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, EXTENSION: tl.constexpr, CONVERTS: tl.constexpr,
+    HAS_LEAST: tl.constexpr, BLOCK: tl.constexpr, IN_PIECES: tl.constexpr, RANKS: tl.constexpr,
+    EXTENSION: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    live = cols < columns
+    x_row = x_ptr + row * x_stride
     if HAS_LEFT:  # what a row takes first is there when the rest of it is
         ranks = tl.arange(0, RANKS)
         left = tl.load(left_ptr + row * left_stride + ranks * left_rank_stride, mask=ranks < rank, other=0.0)
         left = left.to(tl.float32) * tl.load(balance_ptr + ranks, mask=ranks < rank, other=0.0)
-    x = tl.load(x_ptr + row * x_stride + cols, mask=live, other=0.0).to(tl.float32)
-    if HAS_FACTORS:
-        x *= tl.load(factors_ptr + cols, mask=live, other=0.0, eviction_policy="evict_last")  # every row reads them
-    largest = tl.max(magnitude_bits(x), axis=0)
+    if IN_PIECES:
+        magnitudes = tl.zeros((BLOCK,), dtype=tl.int32)
+        for start in range(0, columns, BLOCK):
+            piece = _scaled_values(x_row, factors_ptr, start + cols, columns, HAS_FACTORS)
+            magnitudes = tl.maximum(magnitudes, magnitude_bits(piece))
+        largest = tl.max(magnitudes, axis=0)
+    else:
+        x = _scaled_values(x_row, factors_ptr, cols, columns, HAS_FACTORS)
+        largest = tl.max(magnitude_bits(x), axis=0)
     target = values_ptr + row * values_stride
     if HAS_LEAST:
         largest = tl.maximum(largest, magnitude_bits(tl.load(least_ptr)))
@@ -278,8 +289,23 @@ def _quantize_rows_kernel(
         tl.store(target + 2 * rank + ranks, low, mask=ranks < rank)
         rest = tl.arange(0, EXTENSION)
         tl.store(target + rest, tl.zeros((EXTENSION,), tl.uint8), mask=(rest >= 3 * rank) & (rest < extension))
-    tl.store(target + extension + cols, to_e4m3(x * reciprocal, CONVERTS), mask=live)
+    target += extension
+    if IN_PIECES:
+        for start in range(0, columns, BLOCK):
+            piece = _scaled_values(x_row, factors_ptr, start + cols, columns, HAS_FACTORS)
+            tl.store(target + start + cols, to_e4m3(piece * reciprocal, CONVERTS), mask=start + cols < columns)
+    else:
+        tl.store(target + cols, to_e4m3(x * reciprocal, CONVERTS), mask=cols < columns)
     tl.store(scales_ptr + row, scale)
+
+
+@jit
+def _scaled_values(x_row, factors_ptr, cols, columns, HAS_FACTORS: tl.constexpr):
+    """The values of a row in these columns, with the factors of those, in fp32; zeros past the last."""
+    x = tl.load(x_row + cols, mask=cols < columns, other=0.0).to(tl.float32)
+    if HAS_FACTORS:  # every row reads them
+        x *= tl.load(factors_ptr + cols, mask=cols < columns, other=0.0, eviction_policy="evict_last")
+    return x
 
 
 @jit

@@ -7,7 +7,7 @@ Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, equation 
 import torch
 
 from .activation import activate, activation_reference, require_known
-from .dispatch import jit, launch_on, rows_of, tl, triton, use_triton, vjp
+from .dispatch import compiles_to_ptx, jit, launch_on, rows_of, tl, triton, use_triton, vjp
 
 _BLOCK = 1024
 
@@ -39,7 +39,7 @@ def glu_forward(
         with launch_on(gate):
             _glu_fwd_kernel[(rows, triton.cdiv(width, _BLOCK))](
                 gate, up, out, width, gate.stride(0), up.stride(0), out.stride(0),
-                ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4,
+                ACTIVATION=activation, PTX=compiles_to_ptx(gate), BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -72,20 +72,21 @@ def glu_backward(
             _glu_bwd_kernel[(rows, triton.cdiv(width, _BLOCK))](
                 dh, gate, up, dgate, dup, h_target, width,
                 dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0), h_target.stride(0),
-                ACTIVATION=activation, STORE_H=h_out is not None, BLOCK=_BLOCK, num_warps=4,
+                ACTIVATION=activation, PTX=compiles_to_ptx(gate), STORE_H=h_out is not None, BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip
 
 
 @jit
 def _glu_fwd_kernel(
-    gate_ptr, up_ptr, h_ptr, width, gate_stride, up_stride, h_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate_ptr, up_ptr, h_ptr, width, gate_stride, up_stride, h_stride,
+    ACTIVATION: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = cols < width
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=live, other=0.0).to(tl.float32)
-    acted, _ = activate(gate, ACTIVATION)
+    acted, _ = activate(gate, ACTIVATION, PTX)
     tl.store(h_ptr + row * h_stride + cols, (acted * up).to(h_ptr.dtype.element_ty), mask=live)
 
 
@@ -93,7 +94,7 @@ def _glu_fwd_kernel(
 def _glu_bwd_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, width,
     dh_stride, gate_stride, up_stride, dgate_stride, dup_stride, h_stride,
-    ACTIVATION: tl.constexpr, STORE_H: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, PTX: tl.constexpr, STORE_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -101,7 +102,7 @@ def _glu_bwd_kernel(
     dh = tl.load(dh_ptr + row * dh_stride + cols, mask=live, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=live, other=0.0).to(tl.float32)
-    acted, slope = activate(gate, ACTIVATION)
+    acted, slope = activate(gate, ACTIVATION, PTX)
     tl.store(dgate_ptr + row * dgate_stride + cols, (dh * up * slope).to(dgate_ptr.dtype.element_ty), mask=live)
     tl.store(dup_ptr + row * dup_stride + cols, (dh * acted).to(dup_ptr.dtype.element_ty), mask=live)
     if STORE_H:

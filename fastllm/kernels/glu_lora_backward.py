@@ -25,7 +25,17 @@ import torch
 
 from .._device import info_of
 from .activation import activate, require_known
-from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .dispatch import (
+    compiles_to_ptx,
+    dot_precision,
+    has_tensor_cores,
+    jit,
+    launch_on,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 from .glu import glu_backward
 from .part_sums import PartSum, add_up
 from .products import matmul_fp32
@@ -58,12 +68,12 @@ class Tiling(NamedTuple):
     max_registers: int | None = None  # of a thread: fewer let more programs run at a time
 
 
-# By bytes of an element. They spill no register and fit the shared memory of every GPU that the README names.
+# By bytes of an element. They fit the shared memory of every GPU that the README names, and spill no register with SiLU
+# and GELU.
 _TILINGS = {2: Tiling(32, 128, 8, 2, 1.0, 255), 4: Tiling(16, 32, 8, 1, 4.0, 255)}
 _TILINGS_AMD = {2: Tiling(16, 64, 4, 1, 2.0), 4: Tiling(16, 32, 4, 1, 2.0)}
-# Takes 170 of the 227 KiB of shared memory that Hopper has, and all registers where h A^T is not wanted.
-_TILING_HOPPER = Tiling(64, 128, 8, 3, 0.85)
-_TILING_HOPPER_H = Tiling(32, 128, 4, 3, 2.0)
+# Takes up to 190 of the 227 KiB of shared memory that Hopper has, and nearly all registers.
+_TILING_HOPPER = Tiling(64, 128, 8, 3, 1.0, 248)
 # Few, so that a program of the interpreter passes from strip to strip.
 _INTERPRETED_PROGRAMS = 7
 # Of GPUs that torch does not ask for it: about that of the largest.
@@ -157,7 +167,7 @@ def glu_lora_backward(
     rows, width = gate.shape
     ranks = [0 if part is None else part.left.shape[1] for part in narrow]
     out_ranks = [0 if part is None or part.out is None else part.left.shape[1] for part in narrow]
-    tiling = _tiling(gate, has_h_out=out_ranks[2] > 0)
+    tiling = _tiling(gate)
     programs = _programs(tiling, gate.device)
     strips = -(-width // tiling.columns)
     chunk = max(_SCRATCH_BYTES // (4 * strips * max(sum(out_ranks), 1)) // tiling.rows, 1) * tiling.rows
@@ -186,11 +196,11 @@ def glu_lora_backward(
     return found
 
 
-def _tiling(x: torch.Tensor, *, has_h_out: bool) -> Tiling:
+def _tiling(x: torch.Tensor) -> Tiling:
     if torch.version.hip is not None:
         return _TILINGS_AMD[x.dtype.itemsize]
     if _is_hopper(x) and x.dtype.itemsize == 2:
-        return _TILING_HOPPER_H if has_h_out else _TILING_HOPPER
+        return _TILING_HOPPER
     return _TILINGS[x.dtype.itemsize]
 
 
@@ -262,7 +272,7 @@ def _launch(
     with launch_on(wide[0]):
         _glu_lora_bwd_kernel[(triton.cdiv(strips * tiles, share),)](
             *wide, *arguments, strip_sums, split_sums, rows, width, strips * tiles, tiles, share, first, out_first,
-            *(t.stride(0) for t in wide), ACTIVATION=activation, **flags,
+            *(t.stride(0) for t in wide), ACTIVATION=activation, PTX=compiles_to_ptx(wide[0]), **flags,
             PRECISION=dot_precision(wide[0].dtype), ROWS=tiling.rows, COLUMNS=tiling.columns,
             RANK=max(next_power_of_2(widest), 16),
             num_stages=tiling.num_stages, num_warps=tiling.num_warps, **limit,
@@ -283,6 +293,18 @@ def _store_narrow(base, indices, limit, ranks, rank, stride, value):
 
 
 @jit
+def _in_registers(x, live, dtype: tl.constexpr, PTX: tl.constexpr):
+    """`x` in `dtype`, zeros where it is not `live`, made once: by itself Triton computes anew, in the layout of each
+    product that reads it, what it takes for small."""
+    if PTX and dtype.primitive_bitwidth == 16:  # zeros already where the loads gave some; the move is no instruction
+        held = x.to(dtype)
+        held = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [held], dtype=held.dtype, is_pure=False, pack=2)
+    else:
+        held = tl.where(live, x, 0.0).to(dtype)
+    return held
+
+
+@jit
 def _glu_lora_bwd_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
     gate_left, gate_right, gate_rank, gate_first, gate_out_first, gl_row, gl_rank, gr_row, gr_rank,
@@ -290,9 +312,9 @@ def _glu_lora_bwd_kernel(
     h_left, h_right, h_rank, h_first, h_out_first, hl_row, hl_rank, hr_row, hr_rank,
     strip_sums, split_sums, num_rows, width, all_tiles, tiles_of_strip, share, all_ranks, all_out_ranks,
     dh_stride, gate_stride, up_stride, dgate_stride, dup_stride,
-    ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GATE_OUT: tl.constexpr, HAS_UP: tl.constexpr,
-    HAS_UP_OUT: tl.constexpr, HAS_H: tl.constexpr, HAS_H_OUT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    ACTIVATION: tl.constexpr, PTX: tl.constexpr, HAS_GATE: tl.constexpr, HAS_GATE_OUT: tl.constexpr,
+    HAS_UP: tl.constexpr, HAS_UP_OUT: tl.constexpr, HAS_H: tl.constexpr, HAS_H_OUT: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     first_tile = program * share
@@ -317,11 +339,10 @@ def _glu_lora_bwd_kernel(
             gate = tl.load(gate_ptr + wide_rows * gate_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
             up = tl.load(up_ptr + wide_rows * up_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
             dh = tl.load(dh_ptr + wide_rows * dh_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
-            acted, slope = activate(gate, ACTIVATION)
-            # Zeros where the loads gave zeros: without a mask Triton computes each anew in the layout of each product.
-            dgate = tl.where(live, dh * up * slope, 0.0).to(dtype)
-            dup = tl.where(live, dh * acted, 0.0).to(dtype)
-            h = tl.where(live, acted * up, 0.0).to(dtype)
+            acted, slope = activate(gate, ACTIVATION, PTX)
+            dgate = _in_registers(dh * up * slope, live, dtype, PTX)
+            dup = _in_registers(dh * acted, live, dtype, PTX)
+            h = _in_registers(acted * up, live, dtype, PTX)
             # An output that overlays an input has its layout among threads, so each has read what it writes here.
             tl.store(dgate_ptr + wide_rows * dgate_stride + cols[None, :], dgate, mask=live)
             tl.store(dup_ptr + wide_rows * dup_stride + cols[None, :], dup, mask=live)

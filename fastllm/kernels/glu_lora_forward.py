@@ -14,7 +14,17 @@ import torch
 
 from .activation import activate, require_known
 from .copy_lora import Tiling, multiply_reference, padded
-from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .dispatch import (
+    compiles_to_ptx,
+    dot_precision,
+    has_tensor_cores,
+    jit,
+    launch_on,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 from .glu import glu_forward
 
 _MAX_RANK = 32  # more take the registers that the tile is in
@@ -57,8 +67,8 @@ def glu_lora_forward(
             _glu_lora_fwd_kernel[(triton.cdiv(rows, tiling.rows),)](
                 gate, up, out, a, low_rank, rows, width, rank, low_rank.shape[1],
                 *(t.stride(0) for t in (gate, up, out, a, low_rank)), ACTIVATION=activation,
-                PRECISION=dot_precision(gate.dtype), ROWS=tiling.rows, COLUMNS=tiling.columns,
-                RANK=padded_rank, EXTENSION=next_power_of_2(low_rank.shape[1]),
+                PTX=compiles_to_ptx(gate), PRECISION=dot_precision(gate.dtype), ROWS=tiling.rows,
+                COLUMNS=tiling.columns, RANK=padded_rank, EXTENSION=next_power_of_2(low_rank.shape[1]),
                 num_warps=tiling.num_warps * padded_rank // 16, num_stages=tiling.num_stages,
             )  # fmt: skip
 
@@ -67,8 +77,8 @@ def glu_lora_forward(
 def _glu_lora_fwd_kernel(
     gate_ptr, up_ptr, h_ptr, a_ptr, low_rank_ptr, num_rows, width, rank, extension,
     gate_stride, up_stride, h_stride, a_stride, low_rank_stride,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-    EXTENSION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, EXTENSION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_live = (rows < num_rows)[:, None]
@@ -82,7 +92,7 @@ def _glu_lora_fwd_kernel(
         up = tl.load(up_ptr + rows * up_stride + cols[None, :], mask=live, other=0.0).to(tl.float32)
         a = tl.load(a_ptr + ranks[:, None] * a_stride + cols[None, :],
                     mask=(ranks < rank)[:, None] & (cols < width)[None, :], other=0.0)  # fmt: skip
-        acted, _ = activate(gate, ACTIVATION)
+        acted, _ = activate(gate, ACTIVATION, PTX)
         h = tl.where(live, acted * up, 0.0).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows * h_stride + cols[None, :], h, mask=live)
         total = tl.dot(h, tl.trans(a), total, input_precision=PRECISION)

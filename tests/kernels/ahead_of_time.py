@@ -8,6 +8,7 @@ target; each launch is compiled with the arguments and options it came with, and
 
 import functools
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -164,9 +165,8 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
     h, gate, up = (torch.empty(rows, 14336, dtype=dtype) for _ in range(3))
     left, b, a = (torch.empty(*shape, dtype=dtype) for shape in ((rows, rank), (14336, rank), (rank, 14336)))
     around = [glu_lora.Narrow(left, b.float(), left)] * 2
-    for last in (glu_lora.Narrow(left), glu_lora.Narrow(left, a.t(), left)):
-        # Of all activations this takes the most registers.
-        glu_lora.glu_lora_backward(h, gate, up, "gelu", gate, up, narrow=[*around, last])
+    for last, name in itertools.product((glu_lora.Narrow(left), glu_lora.Narrow(left, a.t(), left)), ("silu", "gelu")):
+        glu_lora.glu_lora_backward(h, gate, up, name, gate, up, narrow=[*around, last])
     images = {"documents": documents, "causal": False}
     for width in (64, 128):  # of vision towers
         q, k, v = (torch.randn(1, ROWS, 2, width, dtype=dtype).transpose(1, 2) for _ in range(3))

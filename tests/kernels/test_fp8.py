@@ -103,6 +103,17 @@ def test_factors_of_the_columns(setting):
     check_factors(setting)
 
 
+def check_wide_rows(setting: Setting) -> None:
+    """More values than registers hold, the largest in the first part of one row, in the last of the other."""
+    x, factors = setting.randn(2, 16500), torch.tensor([0.5, 2.0], device=setting.device).repeat(8250)
+    x[0, 5], x[1, -3] = 60, -50
+    check_quantize(setting, x, factors)
+
+
+def test_wide_rows(setting):
+    check_wide_rows(setting)
+
+
 def test_into_rows_of_a_larger_matrix(setting):
     x = rows_of_all_kinds(setting)
     with setting.active():

@@ -173,13 +173,13 @@ LAYER_NORM = {
 
 ACTIVATION = {
     "slope_term_dropped": Bug(
-        "slope = sigmoid * (1.0 + x * (1.0 - sigmoid))", "slope = sigmoid", checks(check_activation, 5, 97, name="silu")
+        "slope = sigmoid + acted * (1.0 - sigmoid)", "slope = sigmoid", checks(check_activation, 5, 97, name="silu")
     ),
     "tanh_slope_constant": Bug(
         "3.0 * 0.044715", "2.0 * 0.044715", checks(check_activation, 5, 97, name="gelu_tanh")
     ),
     "quick_slope_without_its_factor": Bug(
-        "1.0 + 1.702 * x", "1.0 + x", checks(check_activation, 5, 97, name="quick_gelu")
+        "1.702 * acted", "acted", checks(check_activation, 5, 97, name="quick_gelu")
     ),
     "y_never_written": Bug(
         "STORE_Y=y_out is not None", "STORE_Y=False", checks(check_activation_overlay, "quick_gelu")

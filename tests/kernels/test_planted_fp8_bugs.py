@@ -5,7 +5,15 @@ import pytest
 from fastllm.kernels.linear_cross_entropy import LogitTransform
 
 from ..planting import Bug
-from .test_fp8 import check_factors, check_kept, check_products, check_quantize, check_transposed, check_weight
+from .test_fp8 import (
+    check_factors,
+    check_kept,
+    check_products,
+    check_quantize,
+    check_transposed,
+    check_weight,
+    check_wide_rows,
+)
 from .test_fp8_head import check_head_transposed, check_hidden_grads, check_label_rows, check_logit_grads
 from .test_fp8_low_rank import check_balance, check_left, check_term
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
@@ -45,6 +53,10 @@ FP8 = {
                              checks(check_quantize)),
     "zero_rows_scaled_by_zero": Bug("tl.where(largest == 0, 127, tl.maximum(exponent, 1))", "tl.maximum(exponent, 1)",
                                     checks(check_quantize)),
+    "largest_of_the_last_part": Bug("tl.maximum(magnitudes, magnitude_bits(piece))", "magnitude_bits(piece)",
+                                    checks(check_wide_rows)),
+    "factors_of_the_first_part": Bug("tl.load(factors_ptr + cols,", "tl.load(factors_ptr + cols % 4095,",
+                                     checks(check_wide_rows)),
     "factors_ignored": Bug("HAS_FACTORS=factors is not None", "HAS_FACTORS=False", checks(check_factors)),
     "factors_ignored_in_the_reference": Bug("x.float() * factors", "x.float()", checks(check_factors, on="reference")),
     "weight_scales_twice_in_the_gradient": Bug("found.scales.fill_(1.0)", "found.scales.fill_(float(source.scales[0]))",

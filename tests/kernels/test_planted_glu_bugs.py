@@ -52,7 +52,7 @@ GLU_LORA_FORWARD = {
         "row_live & (beyond >= rank) & (beyond < extension)", "row_live & (beyond < 0)", checks(check_forward, 5, 70)
     ),
     "another_activation": Bug(
-        "activate(gate, ACTIVATION)", "activate(up, ACTIVATION)", checks(check_forward, 5, 70)
+        "activate(gate, ACTIVATION, PTX)", "activate(up, ACTIVATION, PTX)", checks(check_forward, 5, 70)
     ),
     "reference_without_rank": Bug(
         "multiply_reference(out, a, rank", "multiply_reference(out, a.flip(0), rank",
