@@ -91,14 +91,20 @@ class Fp8Matrix:
 @dataclass(frozen=True, slots=True, eq=False)
 class Fp8Weight:
     """A weight [N, K]: `by_output` [N, P + K] as X W^T reads it and, where it is there for longer than one product,
-    the values once more as dY W reads them, `by_input` [K, P + N], with scales of one."""
+    the values once more as dY W reads them, `by_input` [K, P + N], with scales of one, and the `factors` of dY [N]."""
 
     by_output: Fp8Matrix
     by_input: Fp8Matrix | None = None
+    factors: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.by_output.nbytes + (0 if self.by_input is None else self.by_input.nbytes)
+        return self.by_output.nbytes + sum(0 if part is None else part.nbytes for part in (self.by_input, self.factors))
+
+    def folded_scales(self) -> torch.Tensor:
+        """`factors`, made now if need be: the scales in bf16, which has all powers of two, since every row of dY reads
+        them."""
+        return self.by_output.scales.bfloat16() if self.factors is None else self.factors
 
     def transposed(self, rank: int) -> Fp8Matrix:
         """`by_input`, made now if need be, with room for a term of that rank."""
@@ -132,7 +138,7 @@ def quantize_rows(
     at_least: torch.Tensor | None = None,
     out: Fp8Matrix | None = None,
 ) -> Fp8Matrix:
-    """`x [R, C]`, with column j times `factors [C]` where given, in FP8 with a scale for each row.
+    """`x [R, C]`, with column j times `factors [C]` (any float dtype) where given, in FP8 with a scale for each row.
 
     `left [R, r]` and `balance [r]` of `write_right` fill the extension, for which the scales leave room. Rows are
     scaled as if their largest value were `at_least` (fp32 scalar tensor). An `out` with an extension that no `left`
@@ -304,7 +310,8 @@ def _scaled_values(x_row, factors_ptr, cols, columns, HAS_FACTORS: tl.constexpr)
     """The values of a row in these columns, with the factors of those, in fp32; zeros past the last."""
     x = tl.load(x_row + cols, mask=cols < columns, other=0.0).to(tl.float32)
     if HAS_FACTORS:  # every row reads them
-        x *= tl.load(factors_ptr + cols, mask=cols < columns, other=0.0, eviction_policy="evict_last")
+        factors = tl.load(factors_ptr + cols, mask=cols < columns, other=0.0, eviction_policy="evict_last")
+        x *= factors.to(tl.float32)
     return x
 
 

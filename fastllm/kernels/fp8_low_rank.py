@@ -56,7 +56,7 @@ def fp8_linear(
 def fp8_input_grad(dy: torch.Tensor, weight: Fp8Weight, term: Term | None = None) -> torch.Tensor:
     """dY W [T, K] of `dy [T, N]`, plus the term."""
     rank = 0 if term is None else term.right.shape[1]
-    return _product(dy, weight.transposed(rank), weight.by_output.scales, term, None)
+    return _product(dy, weight.transposed(rank), weight.folded_scales(), term, None)
 
 
 def _product(

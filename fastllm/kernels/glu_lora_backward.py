@@ -296,11 +296,11 @@ def _store_narrow(base, indices, limit, ranks, rank, stride, value):
 def _in_registers(x, live, dtype: tl.constexpr, PTX: tl.constexpr):
     """`x` in `dtype`, zeros where it is not `live`, made once: by itself Triton computes anew, in the layout of each
     product that reads it, what it takes for small."""
-    if PTX and dtype.primitive_bitwidth == 16:  # zeros already where the loads gave some; the move is no instruction
-        held = x.to(dtype)
+    held = x.to(dtype)
+    if PTX and held.dtype.primitive_bitwidth == 16:  # the loads gave the zeros; the move is no instruction
         held = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [held], dtype=held.dtype, is_pure=False, pack=2)
     else:
-        held = tl.where(live, x, 0.0).to(dtype)
+        held = tl.where(live, held, 0.0).to(dtype)
     return held
 
 

@@ -47,7 +47,7 @@ def fp8_weights(group: ProjectionGroup, dtype: torch.dtype, device: torch.device
         elif known is None:
             quantize_weight(dequantize_nf4(projection.weight, dtype), out=fp8.by_output.rows(rows))
     if known is None and kept is not None and group.is_packed:
-        fp8 = Fp8Weight(fp8.by_output, fp8.transposed(rank))
+        fp8 = Fp8Weight(fp8.by_output, fp8.transposed(rank), fp8.folded_scales())
     remember(fp8)
     return fp8
 

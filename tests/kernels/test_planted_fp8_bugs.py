@@ -85,7 +85,7 @@ WEIGHT_FORMS = {
     ),
 }  # fmt: skip
 PROJECTIONS = {
-    "transposed_weight_is_not_counted": Bug("held + self.is_packed * self.in_features", "held + 0 * self.in_features",
+    "transposed_weight_is_not_counted": Bug("held + self.is_packed * transposed", "held",
                                             checks(check_kept, ("nf4", "nf4"), on="reference")),
 }  # fmt: skip
 FP8_LOW_RANK = {
@@ -103,7 +103,7 @@ FP8_LOW_RANK = {
                                        checks(check_term, 0.02, on="reference")),
     "term_forgotten": Bug("    if term is None:\n        return", "    if term is None or True:\n        return",
                           checks(check_term, 0.02, on="reference")),
-    "factors_forgotten": Bug("weight.by_output.scales, term, None)", "None, term, None)",
+    "factors_forgotten": Bug("weight.folded_scales(), term, None)", "None, term, None)",
                              checks(check_term, 0.02, on="reference")),
 }  # fmt: skip
 FP8_HEAD = {

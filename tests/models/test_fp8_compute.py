@@ -191,7 +191,7 @@ def test_the_planner_counts_two_bytes_a_weight(checkpoint, device):
     for fp8 in (False, True):
         layer = fused_layer(load(checkpoint, fp8_compute=fp8).model.layers[0])
         sizes[fp8], weights = LayerBytes.of(layer, torch.bfloat16), num_weights(layer)
-    assert 2 * weights < sizes[True].kept_weights < 2.1 * weights
+    assert 2 * weights < sizes[True].kept_weights < 2.2 * weights  # and scales, which narrow layers notice
     assert sizes[True].backward > sizes[False].backward
 
 
