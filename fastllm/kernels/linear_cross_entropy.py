@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from .._errors import reject_unknown
+from .activation import exp_of
 from .dispatch import compiles_to_ptx, compute_dtype, jit, launch_on, no_autocast, tl, use_triton
 from .fp8 import to_e4m3
 from .fp8_head import Fp8Head, LogitGrads, serves_head
@@ -208,8 +209,8 @@ def _token_losses(
                 of_labels, logits.stride(0), values_stride, vocab, ignore_index, transform.scale, transform.softcap,
                 HAS_SOFTCAP=transform.softcap != 0, HAS_ENTROPY="entropy" in statistics,
                 HAS_TOP1="is_top1" in statistics, WRITE_GRAD=write_grad, HAS_ROW_SCALE=row_scale is not None,
-                IN_FP8=in_fp8 is not None, CONVERTS=compiles_to_ptx(logits),
-                BLOCK=_BLOCK, num_warps=16 if statistics else 8,  # statistics take registers
+                IN_FP8=in_fp8 is not None, PTX=compiles_to_ptx(logits),
+                BLOCK=_BLOCK, num_warps=16,
             )  # fmt: skip
     return TokenLosses(nll, entropy, is_top1)
 
@@ -228,7 +229,7 @@ def _cross_entropy_kernel(
     logits_ptr, labels_ptr, row_scale_ptr, nll_ptr, entropy_ptr, top1_ptr, values_ptr, scales_ptr, of_labels_ptr,
     stride, values_stride, vocab, ignore_index, scale, softcap,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TOP1: tl.constexpr, WRITE_GRAD: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr, IN_FP8: tl.constexpr, CONVERTS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, IN_FP8: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
@@ -261,7 +262,7 @@ def _cross_entropy_kernel(
             z = tl.where(live, z, -float("inf"))
             new_top = tl.maximum(top, tl.max(z, axis=0))
             rescale = tl.exp(top - new_top)
-            e = tl.exp(z - new_top)
+            e = exp_of(z - new_top, PTX)
             total = total * rescale + tl.sum(e, axis=0)
             if HAS_ENTROPY:
                 weighted = weighted * rescale + tl.sum(tl.where(live, e * z, 0.0), axis=0)
@@ -281,28 +282,29 @@ def _cross_entropy_kernel(
             g = scale
             if HAS_ROW_SCALE:
                 g = scale * tl.load(row_scale_ptr + row).to(tl.float32)
-            reciprocal = 1.0
+            of_label = (tl.exp(target - lse) - 1.0) * g
+            if HAS_SOFTCAP:
+                of_label *= 1.0 - (target / softcap) * (target / softcap)
+            factor = g
             if IN_FP8:
                 # Of softmax's part. A soft cap's slope, at most one, may leave some of the range unused.
                 largest = tl.exp(top_other - lse) * tl.abs(g)
-                reciprocal = tl.where(largest == 0.0, 0.0, 448.0 / largest)
+                factor *= tl.where(largest == 0.0, 0.0, 448.0 / largest)
                 tl.store(scales_ptr + row, largest / 448.0)
-                of_label = (tl.exp(target - lse) - 1.0) * g
-                if HAS_SOFTCAP:
-                    of_label *= 1.0 - (target / softcap) * (target / softcap)
                 tl.store(of_labels_ptr + row, of_label)
-            for start in range(0, vocab, BLOCK):
+            pieces = tl.cdiv(vocab, BLOCK)
+            for piece in range(pieces):  # from the end, which the cache still has
+                start = (pieces - 1 - piece) * BLOCK
                 live = start + cols < vocab
                 raw = tl.load(row_ptr + start + cols, mask=live, other=0.0).to(tl.float32)
                 z = _capped(raw, scale, softcap, HAS_SOFTCAP)
-                grad = (tl.exp(z - lse) - tl.where(start + cols == label, 1.0, 0.0)) * g
+                grad = exp_of(z - lse, PTX) * factor
                 if HAS_SOFTCAP:
                     grad *= 1.0 - (z / softcap) * (z / softcap)
-                if IN_FP8:
-                    values = to_e4m3(tl.where(start + cols == label, 0.0, grad * reciprocal), CONVERTS)
-                else:
-                    values = grad.to(logits_ptr.dtype.element_ty)
+                values = to_e4m3(grad, PTX) if IN_FP8 else grad.to(logits_ptr.dtype.element_ty)
                 tl.store(grads_ptr + start + cols, values, mask=live)
+            tl.debug_barrier()  # the label's, after what the loop wrote in its place
+            tl.store(grads_ptr + label, 0 if IN_FP8 else of_label.to(logits_ptr.dtype.element_ty))
 
 
 class _HeadGradients:

@@ -259,8 +259,7 @@ LORA = {
 
 LOSS = {
     "label_off_by_one": Bug(
-        "tl.where(start + cols == label, 1.0, 0.0)",
-        "tl.where(start + cols == label + 1, 1.0, 0.0)", checks(check_loss, Case()),
+        "tl.store(grads_ptr + label,", "tl.store(grads_ptr + (label + 1) % vocab,", checks(check_loss, Case()),
     ),
     "ignored_rows_counted": Bug(
         "num_items = (labels != ignore_index).sum()",
