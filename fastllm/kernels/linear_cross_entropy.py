@@ -210,7 +210,7 @@ def _token_losses(
                 HAS_SOFTCAP=transform.softcap != 0, HAS_ENTROPY="entropy" in statistics,
                 HAS_TOP1="is_top1" in statistics, WRITE_GRAD=write_grad, HAS_ROW_SCALE=row_scale is not None,
                 IN_FP8=in_fp8 is not None, PTX=compiles_to_ptx(logits),
-                BLOCK=_BLOCK, num_warps=16,
+                BLOCK=_BLOCK, num_warps=16 if statistics else 8,  # statistics take registers
             )  # fmt: skip
     return TokenLosses(nll, entropy, is_top1)
 

@@ -67,7 +67,10 @@ def test_axes_start_at_zero_and_hold_the_largest(largest):
     assert marks[0] == 0 and marks[-1] >= largest > marks[-2] and 4 <= len(marks) <= 9
 
 
-@pytest.mark.parametrize(("name", "draw"), [("peers", peers_plot), ("frontier", frontier_plot)])
-def test_the_committed_plots_are_of_the_committed_results(name, draw):
-    data = json.loads((RESULTS.parent / "nvidia_h100.json").read_text())
-    assert re.sub(r"\s+", " ", (PLOTS / f"{name}.svg").read_text()) == re.sub(r"\s+", " ", draw(data))
+@pytest.mark.parametrize(("gpu", "folder"), [("nvidia_h100", "."), ("nvidia_h200", "nvidia_h200")])
+@pytest.mark.parametrize(
+    ("name", "draw"), [("peers", peers_plot), ("frontier", frontier_plot), ("curves", curves_plot)]
+)
+def test_the_committed_plots_are_of_the_committed_results(gpu, folder, name, draw):
+    data = json.loads((RESULTS.parent / f"{gpu}.json").read_text())
+    assert re.sub(r"\s+", " ", (PLOTS / folder / f"{name}.svg").read_text()) == re.sub(r"\s+", " ", draw(data))
