@@ -38,6 +38,8 @@ from .projections import ProjectionGroup
 _LEAST_ROWS = 2048
 _TILE = 64
 _BLOCK = 1024
+# Rows whose other entries are all smaller are zero but at their labels: what scales up less would overflow in fp32.
+_LEAST_ENTRY = 1e-35
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +60,7 @@ class LogitGrads:
         self.of_labels.copy_(grads.gather(1, at_labels)[:, 0])
         others = grads.float().scatter(1, at_labels, 0.0)
         largest = others.abs().amax(1)
-        reciprocals = torch.where(largest == 0, torch.zeros_like(largest), LARGEST / largest)
+        reciprocals = torch.where(largest < _LEAST_ENTRY, torch.zeros_like(largest), LARGEST / largest)
         self.others.scales.copy_(largest / LARGEST)
         self.others.values.copy_((others * reciprocals[:, None]).to(DTYPE))
 

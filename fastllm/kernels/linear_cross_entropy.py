@@ -289,7 +289,7 @@ def _cross_entropy_kernel(
             if IN_FP8:
                 # Of softmax's part. A soft cap's slope, at most one, may leave some of the range unused.
                 largest = tl.exp(top_other - lse) * tl.abs(g)
-                factor *= tl.where(largest == 0.0, 0.0, 448.0 / largest)
+                factor *= tl.where(largest < 1e-35, 0.0, 448.0 / largest)
                 tl.store(scales_ptr + row, largest / 448.0)
                 tl.store(of_labels_ptr + row, of_label)
             pieces = tl.cdiv(vocab, BLOCK)

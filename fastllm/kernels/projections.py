@@ -90,9 +90,7 @@ class ProjectionGroup:
         """What `prepare` holds from call to call where it is given something to keep it in."""
         if not any(projection.is_packed for projection in self.projections):
             return 0
-        if (
-            self.is_fp8
-        ):  # values and scales; unless a dense part changes them, values transposed and scales in bf16, too
+        if self.is_fp8:  # values and scales; unless a dense part changes them, both again as the backward reads them
             held = self.out_features * (row_bytes(self.in_features, self.rank) + 4)
             transposed = self.in_features * (row_bytes(self.out_features, self.rank) + 4) + 2 * self.out_features
             return held + self.is_packed * transposed

@@ -88,6 +88,23 @@ def check_logit_grads(setting: Setting, transform: LogitTransform = PLAIN_LOGITS
         raise OverLimit(f"{error} of the others")
 
 
+def check_sure_rows(setting: Setting) -> None:
+    """Of rows so sure of their labels that the other entries leave fp32's range nothing but zeros is left."""
+    logits, labels = setting.randn(ROWS, VOCAB), labels_of(setting).clamp(min=0)
+    above = torch.linspace(80, 108, ROWS, device=setting.device).to(setting.dtype)
+    logits.scatter_(1, labels[:, None], above[:, None])
+    with setting.active():
+        grads = LogitGrads.empty(ROWS, VOCAB, setting.device)
+        _token_losses(logits, labels, PLAIN_LOGITS, IGNORE_INDEX, (), write_grad=True, in_fp8=grads)
+    found = grads.others.values.double() * grads.others.scales.double()[:, None]
+    if not (found.isfinite().all() and found.abs().max() < 1e-30 and grads.of_labels.abs().max() < 1e-6):
+        raise OverLimit("gradients of rows that are sure")
+
+
+def test_rows_that_are_sure_of_their_labels(setting):
+    check_sure_rows(setting)
+
+
 @pytest.mark.parametrize("vocab", [VOCAB, 16, 4112, 8192])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 def test_gradients_of_logits(setting, transform, vocab):

@@ -14,7 +14,13 @@ from .test_fp8 import (
     check_weight,
     check_wide_rows,
 )
-from .test_fp8_head import check_head_transposed, check_hidden_grads, check_label_rows, check_logit_grads
+from .test_fp8_head import (
+    check_head_transposed,
+    check_hidden_grads,
+    check_label_rows,
+    check_logit_grads,
+    check_sure_rows,
+)
 from .test_fp8_low_rank import check_balance, check_left, check_term
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
@@ -123,6 +129,7 @@ FP8_HEAD = {
                             checks(check_hidden_grads, on="reference")),
     "labels_twice": Bug("grads.float().scatter(1, at_labels, 0.0)", "grads.float()",
                         checks(check_logit_grads, on="reference")),
+    "scale_out_of_range": Bug("largest < _LEAST_ENTRY", "largest == 0", checks(check_sure_rows, on="reference")),
     "rows_not_scaled_in_the_reference": Bug("self.others.scales.copy_(largest / LARGEST)",
                                             "self.others.scales.copy_(largest)",
                                             checks(check_logit_grads, on="reference")),
