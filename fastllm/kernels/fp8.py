@@ -164,7 +164,7 @@ def quantize_rows(
             x.stride(0), *((0, 0) if left is None else left.stride()), out.values.stride(0),
             HAS_FACTORS=factors is not None, HAS_LEFT=left is not None, HAS_LEAST=at_least is not None, BLOCK=block,
             IN_PIECES=block < columns, RANKS=next_power_of_2(rank), EXTENSION=next_power_of_2(out.extension),
-            CONVERTS=compiles_to_ptx(x), num_warps=warps,
+            PTX=compiles_to_ptx(x), num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -264,7 +264,7 @@ def _quantize_rows_kernel(
     x_ptr, factors_ptr, left_ptr, balance_ptr, least_ptr, values_ptr, scales_ptr, columns, rank, extension, x_stride,
     left_stride, left_rank_stride, values_stride, HAS_FACTORS: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_LEAST: tl.constexpr, BLOCK: tl.constexpr, IN_PIECES: tl.constexpr, RANKS: tl.constexpr,
-    EXTENSION: tl.constexpr, CONVERTS: tl.constexpr,
+    EXTENSION: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -299,9 +299,9 @@ def _quantize_rows_kernel(
     if IN_PIECES:
         for start in range(0, columns, BLOCK):
             piece = _scaled_values(x_row, factors_ptr, start + cols, columns, HAS_FACTORS)
-            tl.store(target + start + cols, to_e4m3(piece * reciprocal, CONVERTS), mask=start + cols < columns)
+            tl.store(target + start + cols, to_e4m3(piece * reciprocal, PTX), mask=start + cols < columns)
     else:
-        tl.store(target + cols, to_e4m3(x * reciprocal, CONVERTS), mask=cols < columns)
+        tl.store(target + cols, to_e4m3(x * reciprocal, PTX), mask=cols < columns)
     tl.store(scales_ptr + row, scale)
 
 
@@ -332,9 +332,9 @@ def row_scale(largest):
 
 
 @jit
-def to_e4m3(x, CONVERTS: tl.constexpr):
-    """`e4m3_bits`, by the GPU's own conversion where it `CONVERTS`."""
-    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if CONVERTS else e4m3_bits(x)
+def to_e4m3(x, PTX: tl.constexpr):
+    """`e4m3_bits`, by the GPU's own conversion where the kernel may hold `PTX`."""
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if PTX else e4m3_bits(x)
 
 
 @jit

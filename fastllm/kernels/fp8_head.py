@@ -87,7 +87,7 @@ class Fp8Head:
             _add_label_rows_kernel[(out.shape[0], triton.cdiv(columns, _BLOCK))](
                 product, grads.of_labels, labels.contiguous(), self._weight, scales, out, columns, ignore_index,
                 product.stride(0), self._weight.stride(0), out.stride(0), BLOCK=_BLOCK,
-                CONVERTS=compiles_to_ptx(product), num_warps=4,
+                PTX=compiles_to_ptx(product), num_warps=4,
             )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def quantize_transposed(weight: torch.Tensor) -> Fp8Matrix:
     with launch_on(weight):
         _quantize_transposed_kernel[(triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE))](
             weight, largest, out.values.view(torch.uint8), out.scales, rows, columns, weight.stride(0),
-            out.values.stride(0), TILE=_TILE, CONVERTS=compiles_to_ptx(weight), num_warps=4,
+            out.values.stride(0), TILE=_TILE, PTX=compiles_to_ptx(weight), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -135,14 +135,14 @@ def _rows_of_head(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
 @jit
 def _quantize_transposed_kernel(
     weight_ptr, largest_ptr, values_ptr, scales_ptr, rows, columns, weight_stride, values_stride,
-    TILE: tl.constexpr, CONVERTS: tl.constexpr,
+    TILE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     scale, reciprocal = row_scale(magnitude_bits(tl.load(largest_ptr)))
     live = (i < rows)[:, None] & (j < columns)[None, :]
     tile = tl.load(weight_ptr + i.to(tl.int64)[:, None] * weight_stride + j[None, :], mask=live, other=0.0)
-    values = tl.trans(to_e4m3(tile.to(tl.float32) * reciprocal, CONVERTS))
+    values = tl.trans(to_e4m3(tile.to(tl.float32) * reciprocal, PTX))
     live = (j < columns)[:, None] & (i < rows)[None, :]
     tl.store(values_ptr + j.to(tl.int64)[:, None] * values_stride + i[None, :], values, mask=live)
     if tl.program_id(0) == 0:
@@ -152,7 +152,7 @@ def _quantize_transposed_kernel(
 @jit
 def _add_label_rows_kernel(
     product_ptr, of_labels_ptr, labels_ptr, weight_ptr, scales_ptr, out_ptr, columns, ignore_index,
-    product_stride, weight_stride, out_stride, BLOCK: tl.constexpr, CONVERTS: tl.constexpr,
+    product_stride, weight_stride, out_stride, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -161,6 +161,6 @@ def _add_label_rows_kernel(
     label = tl.where(label == ignore_index, 0, label).to(tl.int64)
     scale = tl.load(scales_ptr)
     weight = tl.load(weight_ptr + label * weight_stride + cols, mask=live, other=0.0).to(tl.float32)
-    weight = e4m3_value(to_e4m3(weight / scale, CONVERTS)) * scale
+    weight = e4m3_value(to_e4m3(weight / scale, PTX)) * scale
     product = tl.load(product_ptr + row * product_stride + cols, mask=live, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * out_stride + cols, product + tl.load(of_labels_ptr + row) * weight, mask=live)
