@@ -92,7 +92,7 @@ def fp8_note(groups_of_layers: Sequence[Sequence[ProjectionGroup]], head: Projec
     notes = [line, *(f"{count} products are not: {reason}" for reason, count in reasons.items())]
     obstacle = head if isinstance(head, str) else head_obstacle(head)
     if obstacle is None:
-        notes.append("so is the gradient of long batches through the head")
+        notes.append("the gradient of long batches through the head is made in FP8, too")
     else:
         notes.append(f"the gradient through the head is not: {obstacle}")
     return "; ".join(notes)

@@ -155,7 +155,8 @@ def test_the_gradient_through_the_head(device, monkeypatch):
     config = copy.deepcopy(CONFIG)
     config.vocab_size = 320
     model = with_lora(fp8_copy(frozen(build(config, device=device))))
-    assert "so is the gradient of long batches through the head" in str(model.get_base_model().fast_report())
+    told = str(model.get_base_model().fast_report())
+    assert "the gradient of long batches through the head is made in FP8, too" in told
     inputs = batch(config, device=device)
     with deterministic():
         short = step(model, inputs)
