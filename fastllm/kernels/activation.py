@@ -109,28 +109,28 @@ def activate(x, ACTIVATION: tl.constexpr, PTX: tl.constexpr):
 @jit
 def exp_of(x, PTX: tl.constexpr):
     """exp(x) in fp32."""
-    if PTX:  # without Triton's instructions for results below 2^-126, which become zero
-        power = tl.inline_asm_elementwise(
-            "{ .reg .f32 t; mul.f32 t, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, t; }",  # log2(e) x
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        power = tl.exp(x)
-    return power
+    return _power_of_2(x * 1.4426950408889634) if PTX else tl.exp(x)
 
 
 @jit
 def sigmoid_of(x, PTX: tl.constexpr):
     """1 / (1 + exp(-x)) in fp32."""
-    if PTX:  # as in `exp_of`
+    if PTX:
+        divisor = 1.0 + _power_of_2(x * -1.4426950408889634)
         sigmoid = tl.inline_asm_elementwise(
-            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"  # -log2(e) x
-            " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         sigmoid = tl.sigmoid(x)
     return sigmoid
+
+
+@jit
+def _power_of_2(x):
+    """2^x in PTX, without Triton's instructions for results below 2^-126, which become zero."""
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )  # fmt: skip
 
 
 @jit

@@ -20,7 +20,7 @@ import torch
 
 from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
 from .documents import Documents
-from .soft_cap import soft_capped
+from .soft_cap import soft_cap_slope, soft_capped
 
 MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 # (queries, keys, warps, stages) of a tile, by bytes of an element and the widest head it is for. They spill no register
@@ -289,7 +289,7 @@ def _flash_bwd_q_kernel(
         p = tl.exp2(tl.where(seen, _in_base_2(capped) - lse[:, None], float("-inf")))
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if HAS_CAP:
-            ds *= 1.0 - (capped / softcap) * (capped / softcap)
+            ds *= soft_cap_slope(capped, softcap)
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     dq_ptr += batch * dq_batch + head * dq_head
     _store_tile(dq_ptr, row, dq_row, length, width, dq * scaling, BLOCK_M, BLOCK_E)
@@ -331,7 +331,7 @@ def _flash_bwd_kv_kernel(
             dv += tl.dot(p.to(dout.dtype), dout, input_precision=PRECISION)
             ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
             if HAS_CAP:
-                ds *= 1.0 - (capped / softcap) * (capped / softcap)
+                ds *= soft_cap_slope(capped, softcap)
             dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
     dk_ptr += batch * dk_batch + key_head * dk_head
     dv_ptr += batch * dv_batch + key_head * dv_head

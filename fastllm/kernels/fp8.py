@@ -153,10 +153,11 @@ def quantize_rows(
     if rows == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    block = next_power_of_2(columns)
-    warps = min(num_warps_for(block), max(block // 2048, 4))
-    if block > _WIDEST_ROW:
+    if columns > _WIDEST_ROW:
         block, warps = _PIECE, _PIECE_WARPS
+    else:
+        block = next_power_of_2(columns)
+        warps = min(num_warps_for(block), max(block // 2048, 4))
     with launch_on(x):
         _quantize_rows_kernel[(rows,)](
             x, *(out.scales if given is None else given for given in (factors, left, balance, at_least)),

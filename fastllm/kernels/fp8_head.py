@@ -39,7 +39,7 @@ _LEAST_ROWS = 2048
 _TILE = 64
 _BLOCK = 1024
 # Rows whose other entries are all smaller are zero but at their labels: what scales up less would overflow in fp32.
-_LEAST_ENTRY = 1e-35
+LEAST_ENTRY = 1e-35
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +60,7 @@ class LogitGrads:
         self.of_labels.copy_(grads.gather(1, at_labels)[:, 0])
         others = grads.float().scatter(1, at_labels, 0.0)
         largest = others.abs().amax(1)
-        reciprocals = torch.where(largest < _LEAST_ENTRY, torch.zeros_like(largest), LARGEST / largest)
+        reciprocals = torch.where(largest < LEAST_ENTRY, torch.zeros_like(largest), LARGEST / largest)
         self.others.scales.copy_(largest / LARGEST)
         self.others.values.copy_((others * reciprocals[:, None]).to(DTYPE))
 
@@ -85,8 +85,8 @@ class Fp8Head:
         columns = out.shape[1]
         with launch_on(out):
             _add_label_rows_kernel[(out.shape[0], triton.cdiv(columns, _BLOCK))](
-                product, grads.of_labels, labels.contiguous(), self._weight, scales, out, columns, ignore_index,
-                product.stride(0), self._weight.stride(0), out.stride(0), BLOCK=_BLOCK,
+                product, grads.of_labels, labels.contiguous(), self._weight, scales, out, columns,
+                self._weight.shape[0], product.stride(0), self._weight.stride(0), out.stride(0), BLOCK=_BLOCK,
                 PTX=compiles_to_ptx(product), num_warps=4,
             )  # fmt: skip
 
@@ -151,14 +151,14 @@ def _quantize_transposed_kernel(
 
 @jit
 def _add_label_rows_kernel(
-    product_ptr, of_labels_ptr, labels_ptr, weight_ptr, scales_ptr, out_ptr, columns, ignore_index,
+    product_ptr, of_labels_ptr, labels_ptr, weight_ptr, scales_ptr, out_ptr, columns, vocab,
     product_stride, weight_stride, out_stride, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = cols < columns
     label = tl.load(labels_ptr + row)
-    label = tl.where(label == ignore_index, 0, label).to(tl.int64)
+    label = tl.where((label >= 0) & (label < vocab), label, 0).to(tl.int64)  # of another the entry is zero, or NaN
     scale = tl.load(scales_ptr)
     weight = tl.load(weight_ptr + label * weight_stride + cols, mask=live, other=0.0).to(tl.float32)
     weight = e4m3_value(to_e4m3(weight / scale, PTX)) * scale

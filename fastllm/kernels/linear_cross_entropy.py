@@ -25,11 +25,11 @@ import torch
 from .._errors import reject_unknown
 from .activation import exp_of
 from .dispatch import compiles_to_ptx, compute_dtype, jit, launch_on, no_autocast, tl, use_triton
-from .fp8 import to_e4m3
-from .fp8_head import Fp8Head, LogitGrads, serves_head
+from .fp8 import LARGEST, to_e4m3
+from .fp8_head import LEAST_ENTRY, Fp8Head, LogitGrads, serves_head
 from .lora import PreparedGroup, ProjectionGroup, prepare, project
 from .products import add_matmul, matmul_fp32
-from .soft_cap import soft_capped
+from .soft_cap import soft_cap_slope, soft_capped
 
 IGNORE_INDEX = -100
 MIN_CHUNK_ROWS = 1024
@@ -209,7 +209,7 @@ def _token_losses(
                 of_labels, logits.stride(0), values_stride, vocab, ignore_index, transform.scale, transform.softcap,
                 HAS_SOFTCAP=transform.softcap != 0, HAS_ENTROPY="entropy" in statistics,
                 HAS_TOP1="is_top1" in statistics, WRITE_GRAD=write_grad, HAS_ROW_SCALE=row_scale is not None,
-                IN_FP8=in_fp8 is not None, PTX=compiles_to_ptx(logits),
+                IN_FP8=in_fp8 is not None, LARGEST=LARGEST, LEAST_ENTRY=LEAST_ENTRY, PTX=compiles_to_ptx(logits),
                 BLOCK=_BLOCK, num_warps=16 if statistics else 8,  # statistics take registers
             )  # fmt: skip
     return TokenLosses(nll, entropy, is_top1)
@@ -229,7 +229,8 @@ def _cross_entropy_kernel(
     logits_ptr, labels_ptr, row_scale_ptr, nll_ptr, entropy_ptr, top1_ptr, values_ptr, scales_ptr, of_labels_ptr,
     stride, values_stride, vocab, ignore_index, scale, softcap,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TOP1: tl.constexpr, WRITE_GRAD: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr, IN_FP8: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, IN_FP8: tl.constexpr, LARGEST: tl.constexpr, LEAST_ENTRY: tl.constexpr,
+    PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
@@ -248,8 +249,11 @@ def _cross_entropy_kernel(
                 tl.store(scales_ptr + row, 0.0)
                 tl.store(of_labels_ptr + row, 0.0)
     else:
-        # Read before the reductions below, whose barriers keep it ahead of the gradient that overwrites the logits.
-        target = _capped(tl.load(row_ptr + label).to(tl.float32), scale, softcap, HAS_SOFTCAP)
+        # Read before the reductions below, whose barriers keep it ahead of the gradient that overwrites the logits. A
+        # label that is none makes the loss NaN, and touches no other row.
+        is_label = (label >= 0) & (label < vocab)
+        target = tl.load(row_ptr + label, mask=is_label, other=float("nan")).to(tl.float32)
+        target = _capped(target, scale, softcap, HAS_SOFTCAP)
         top = -float("inf")
         top_before_label = -float("inf")
         top_other = -float("inf")
@@ -284,13 +288,13 @@ def _cross_entropy_kernel(
                 g = scale * tl.load(row_scale_ptr + row).to(tl.float32)
             of_label = (tl.exp(target - lse) - 1.0) * g
             if HAS_SOFTCAP:
-                of_label *= 1.0 - (target / softcap) * (target / softcap)
+                of_label *= soft_cap_slope(target, softcap)
             factor = g
             if IN_FP8:
                 # Of softmax's part. A soft cap's slope, at most one, may leave some of the range unused.
                 largest = tl.exp(top_other - lse) * tl.abs(g)
-                factor *= tl.where(largest < 1e-35, 0.0, 448.0 / largest)
-                tl.store(scales_ptr + row, largest / 448.0)
+                factor *= tl.where(largest < LEAST_ENTRY, 0.0, LARGEST / largest)
+                tl.store(scales_ptr + row, largest / LARGEST)
                 tl.store(of_labels_ptr + row, of_label)
             pieces = tl.cdiv(vocab, BLOCK)
             for piece in range(pieces):  # from the end, which the cache still has
@@ -300,11 +304,12 @@ def _cross_entropy_kernel(
                 z = _capped(raw, scale, softcap, HAS_SOFTCAP)
                 grad = exp_of(z - lse, PTX) * factor
                 if HAS_SOFTCAP:
-                    grad *= 1.0 - (z / softcap) * (z / softcap)
+                    grad *= soft_cap_slope(z, softcap)
                 values = to_e4m3(grad, PTX) if IN_FP8 else grad.to(logits_ptr.dtype.element_ty)
                 tl.store(grads_ptr + start + cols, values, mask=live)
             tl.debug_barrier()  # the label's, after what the loop wrote in its place
-            tl.store(grads_ptr + label, 0 if IN_FP8 else of_label.to(logits_ptr.dtype.element_ty))
+            value = 0 if IN_FP8 else of_label.to(logits_ptr.dtype.element_ty)
+            tl.store(grads_ptr + label, value, mask=is_label)
 
 
 class _HeadGradients:

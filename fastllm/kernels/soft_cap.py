@@ -20,3 +20,9 @@ def soft_capped(scores, cap):
     near = near * square - 3.33332819422e-1
     near = near * square * x + x
     return cap * tl.where(square < 0.390625, near, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@jit
+def soft_cap_slope(capped, cap):
+    """c'(s), from `capped` = c(s) in fp32."""
+    return 1.0 - (capped / cap) * (capped / cap)

@@ -358,6 +358,27 @@ def test_a_cap_far_above_the_logits_changes_nothing(fp32):
     assert float((capped - plain).norm()) <= 3e-7 * float(plain.norm())
 
 
+def check_labels_that_are_none(setting: Setting) -> None:
+    """Labels past either end of the vocabulary: the loss says so, and the rows beside it stay right."""
+    logits, found = setting.randn(3, 521), {}
+    for label in (9, 521, -1):
+        grads, labels = logits.clone(), torch.tensor([5, label, 7], device=setting.device)
+        with setting.active():
+            nll = module._token_losses(grads, labels, PLAIN_LOGITS, IGNORE_INDEX, (), write_grad=True).nll
+        found[label] = nll[::2], grads[::2]
+        if bool(nll[1].isnan()) != (label != 9):
+            raise OverLimit(f"loss {nll[1]} of label {label}")
+    for label in (521, -1):
+        if not all(map(torch.equal, found[label], found[9])):
+            raise OverLimit(f"label {label} changes other rows")
+
+
+def test_labels_that_are_none(setting):
+    if setting.implementation == "reference":
+        pytest.skip("torch refuses such an index")
+    check_labels_that_are_none(setting)
+
+
 @pytest.mark.parametrize(
     "case",
     [Case(), Case(vocab=4099), Case(transform=LogitTransform(1.7, 30.0), is_skipping=False)],

@@ -274,7 +274,7 @@ LOSS = {
         checks(check_loss, Case(rows=19, vocab=8192)),
     ),
     "softcap_slope_missing": Bug(
-        "grad *= 1.0 - (z / softcap) * (z / softcap)", "grad *= 1.0",
+        "grad *= soft_cap_slope(z, softcap)", "grad *= 1.0",
         checks(check_loss, Case(transform=LogitTransform(softcap=5.0))),
     ),
     "logit_scale_missing_in_the_gradient": Bug(

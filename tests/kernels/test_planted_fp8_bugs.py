@@ -23,6 +23,7 @@ from .test_fp8_head import (
 )
 from .test_fp8_low_rank import check_balance, check_left, check_term
 from .test_kept_weights import check_dtypes, check_follows, replaced, rewritten
+from .test_linear_cross_entropy import check_labels_that_are_none
 from .test_planted_bugs import check_noticed, checks, pytestmark  # noqa: F401
 
 KEPT_WEIGHTS = {
@@ -129,7 +130,7 @@ FP8_HEAD = {
                             checks(check_hidden_grads, on="reference")),
     "labels_twice": Bug("grads.float().scatter(1, at_labels, 0.0)", "grads.float()",
                         checks(check_logit_grads, on="reference")),
-    "scale_out_of_range": Bug("largest < _LEAST_ENTRY", "largest == 0", checks(check_sure_rows, on="reference")),
+    "scale_out_of_range": Bug("largest < LEAST_ENTRY", "largest == 0", checks(check_sure_rows, on="reference")),
     "rows_not_scaled_in_the_reference": Bug("self.others.scales.copy_(largest / LARGEST)",
                                             "self.others.scales.copy_(largest)",
                                             checks(check_logit_grads, on="reference")),
@@ -137,9 +138,11 @@ FP8_HEAD = {
 LOSS = {
     "scaled_by_the_largest_logit": Bug("tl.where(start + cols == label, -float(\"inf\"), z), axis=0))", "z, axis=0))",
                                        checks(check_logit_grads)),
-    "labels_in_the_product": Bug("label, 0 if IN_FP8", "label, 9 if IN_FP8",
+    "labels_in_the_product": Bug("value = 0 if IN_FP8", "value = 9 if IN_FP8",
                                  checks(check_logit_grads)),
-    "label_not_capped": Bug("of_label *= 1.0 - (target / softcap) * (target / softcap)", "of_label *= 1.0",
+    "label_of_another_row": Bug("label, value, mask=is_label)", "label, value)", checks(check_labels_that_are_none)),
+    "unknown_label_unnoticed": Bug("other=float(\"nan\"))", "other=0.0)", checks(check_labels_that_are_none)),
+    "label_not_capped": Bug("of_label *= soft_cap_slope(target, softcap)", "of_label *= 1.0",
                             checks(check_logit_grads, LogitTransform(softcap=5.0))),
     "scale_of_ignored_rows_not_written": Bug("tl.store(scales_ptr + row, 0.0)", "pass", checks(check_hidden_grads)),
     "hidden_gradient_of_the_chunk_before": Bug("fp8_head.hidden_grad(in_fp8, y,", "fp8_head.hidden_grad(in_fp8, y * 0,",
