@@ -1,8 +1,10 @@
 """What a decoder layer holds between its forward and its backward, and how its attention half spends that time in host
-memory: everything up to the residual stream between the halves comes back instead of being computed again."""
+memory: everything up to the residual stream between the halves comes back instead of being computed again. Where the
+link has time for more, so do some rows of gate and up's output."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -12,9 +14,33 @@ Fetch = Callable[[], torch.Tensor]
 # Takes tensors to the host, in the order in which they will be wanted back; what fetches each to where it came from.
 Offload = Callable[[Sequence[torch.Tensor]], Sequence[Fetch]]
 
+
+class AwayRows(Protocol):
+    """The first rows of a matrix, away in host memory."""
+
+    def start(self) -> torch.Tensor:
+        """A new matrix that they are on their way to."""
+        ...
+
+    def arrive(self) -> None:
+        """Wait for them."""
+        ...
+
+
+# Takes the first rows, as many as said, of a matrix to the host.
+OffloadRows = Callable[[torch.Tensor, int], AwayRows]
+
 # What is sent away, in the order in which a backward reads it; `attended` is attention's output as rows. The few values
 # a token beside these (statistics of norms and softmax) stay.
 _AWAY = ("middle", "attention_out", "attended", "output_low_rank", "qkv", "qkv_raw", "qkv_low_rank", "x")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsAway:
+    """How many rows of gate and up's output go to the host, and what takes them there."""
+
+    count: int
+    offload: OffloadRows
 
 
 @dataclass(slots=True, eq=False)
@@ -43,8 +69,11 @@ class Activations:
     down_masks: Sequence[torch.Tensor | None] = (None,)
     mlp_out: torch.Tensor | None = None  # down's output, where a norm reads it
     mlp_out_rstd: torch.Tensor | None = None
+    rows_away: int = 0  # of gate and up, the first ones, that come back from the host
     _away: dict[str, Fetch] = field(default_factory=dict)
     _shape: tuple[int, ...] = ()  # of attention's output, while that is away
+    _rows: AwayRows | None = None
+    _coming: AwayRows | None = None
 
     @property
     def attended(self) -> torch.Tensor:
@@ -61,6 +90,23 @@ class Activations:
         leaving = {name: value for name in _AWAY if (value := getattr(self, name)) is not None}
         self._away = dict(zip(leaving, offload(list(leaving.values())), strict=True))
         self._shape = tuple(self.attention.out.shape)
+
+    def send_rows_away(self, away: RowsAway) -> None:
+        """Start to copy rows of gate and up's output to the host, too."""
+        assert self.gate_up is not None
+        self.rows_away, self._rows = away.count, away.offload(self.gate_up, away.count)
+
+    def start_rows_back(self) -> None:
+        """Have a new `gate_up` that the rows which are away, if any, are on their way to."""
+        if self._rows is not None:
+            self.gate_up = self._rows.start()
+            self._rows, self._coming = None, self._rows
+
+    def await_rows(self) -> None:
+        """Wait for the rows that are on their way back, if any."""
+        if self._coming is not None:
+            self._coming.arrive()
+            self._coming = None
 
     def let_go(self) -> None:
         """Drop what is on its way to the host, and the other half."""

@@ -165,6 +165,7 @@ def _activations_again(
     if state is None:
         state = _activations(layer, call, weights, fetch(), dtype, needs_backward=True, backend=backend)
     else:
+        state.start_rows_back()
         state.bring_back_middle()
         mlp_input, _, _ = _mlp_input(layer, state.middle, dtype)
         _add_gate_up(layer, weights, state, mlp_input, needs_backward=True)
@@ -227,6 +228,8 @@ def _activations(
     if offload is not None:
         state.send_away(offload)
     _add_gate_up(layer, weights, state, mlp_input, needs_backward=needs_backward)
+    if offload is not None and call.rows_away is not None:
+        state.send_rows_away(call.rows_away)
     return state
 
 
@@ -252,18 +255,25 @@ def _add_gate_up(
     *,
     needs_backward: bool,
 ) -> None:
-    # The spare columns let the backward overlay the gradient of gate and up on their values.
-    state.gate_up = layer.gate_up.output_buffer(extended, extended.dtype)
+    """The output of gate and up, but for rows that are on their way back from the host."""
+    group, prepared, away, known = layer.gate_up, weights.take("gate_up"), state.rows_away, None
+    if state.gate_up is None:
+        # The spare columns let the backward overlay the gradient of gate and up on their values.
+        state.gate_up = group.output_buffer(extended, extended.dtype)
+    hidden, beside = extended[:, : group.in_features], extended[:, group.in_features :]
+    if away:
+        known = low_rank_input(prepared, hidden, (), out=None if group.is_fp8 else beside)
     _, low_rank, state.gate_up_masks = project(
-        weights.take("gate_up"), extended[:, : layer.gate_up.in_features], extended=extended,
-        out=state.gate_up[:, : layer.gate_up.out_features],
+        prepared, hidden[away:], extended=extended[away:], out=state.gate_up[away:, : group.out_features],
+        low_rank=None if known is None else known[away:],
     )  # fmt: skip
-    state.gate_up_low_rank = _detached_copy(low_rank, needs_backward)
+    state.gate_up_low_rank = _detached_copy(low_rank if known is None else known, needs_backward)
 
 
 def _mlp_output(layer: DecoderLayer, weights: PreparedGroups, state: Activations, *, keep: bool) -> torch.Tensor:
     """Rows [T, D] that the MLP adds to the residual stream, in its dtype."""
     assert state.gate_up is not None
+    state.await_rows()
     prepared = weights.take("down")
     extended = layer.down.input_buffer(state.gate_up, state.gate_up.dtype)
     known = down_input(layer, state, prepared.a, extended=extended)
@@ -314,6 +324,7 @@ def _backward(
     assert hidden is not None
     dgate_up_extended = gate_up if overwrite else layer.gate_up.output_buffer(dy, dtype)
     dgate_up = dgate_up_extended[:, : layer.gate_up.out_features]
+    state.await_rows()
     products = down_input_backward(
         layer, state, prepared.a, hidden, dy_low_rank, gate_up, dgate_up_extended, needs_group[3]
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention import AttentionCase, attention_reference, choose_backend
-from .decoder_activations import Offload
+from .decoder_activations import Offload, RowsAway
 from .glu import glu_reference
 from .gradient_room import GradientRoom
 from .kept_weights import KeptWeights
@@ -104,7 +104,8 @@ class DecoderLayer:
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCall:
     """What differs from call to call: rotary angles [B or 1, S, rotary_dim], the attention case and who picks its
-    backend, what to keep, and `offload`, which takes to host memory what is kept there.
+    backend, what to keep, and `offload`, which takes to host memory what is kept there; with the attention half so do
+    `rows_away`.
 
     `kept_weights` is where dequantised weights stay until the next call; None frees them after use, which
     `frees_weights` makes a recomputation do, too, before the backward needs them again; it also lets the weights of a
@@ -121,6 +122,7 @@ class LayerCall:
     kept_weights: KeptWeights | None = None
     frees_weights: bool = False
     gradient_room: GradientRoom | None = None
+    rows_away: RowsAway | None = None
 
     def __post_init__(self) -> None:
         if self.keep.is_offloaded and self.offload is None:

@@ -162,7 +162,7 @@ def decoder_layer_forward(otherwise: Forward) -> Forward:
         kept_weights = planner.kept_weights(index, hidden_states)
         call = LayerCall(
             cos, sin, case, keep, planner.offload, planner.attention_backend, kept_weights, planner.frees_weights,
-            planner.gradient_room,
+            planner.gradient_room, planner.rows_away(index, hidden_states.shape[:-1].numel()),
         )  # fmt: skip
         recorded = None
         if not keep.is_offloaded and not draws_masks(layer) and not has_foreign_hooks(self):

@@ -16,12 +16,14 @@ from .._device import free_bytes, free_host_bytes, host_link_rate, product_rate
 from .._errors import ArgumentError
 from .._notices import notice
 from ..kernels.attention import AttentionCase, choose_backend
+from ..kernels.decoder_activations import RowsAway
 from ..kernels.gradient_room import GradientRoom
 from ..kernels.kept_weights import KeptWeights
 from ..kernels.layer_definition import DecoderLayer, Keep
 from ..kernels.vision_block import VisionBlock
 from .host_offload import HostOffload
 from .recordings import Recordings, most_rows
+from .spare_link import SpareLink
 from .weight_keeping import WeightKeeper
 
 GIB = 2**30
@@ -85,6 +87,7 @@ class ActivationPlanner:
         self._told = ""
         self.gradient_room = GradientRoom()
         self._offload = HostOffload()
+        self._spare_link = SpareLink()
         self._last_index = num_layers
         self._shape: tuple = ()
         self._forwards_of_shape: dict[tuple, int] = {}
@@ -135,6 +138,11 @@ class ActivationPlanner:
     def offload(self, tensors: Sequence[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
         return self._offload.put(tensors)
 
+    def rows_away(self, index: int, rows: int) -> RowsAway | None:
+        """Which of the rows of gate and up's output in layer `index` go to the host beside its attention half."""
+        count = self._spare_link.rows(rows) if self._plan[index] is Keep.OFFLOADED_ATTENTION else 0
+        return RowsAway(count, self._offload.put_rows) if count else None
+
     def attention_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
         """The attention kernel of this forward: the same in all layers that see the same shapes."""
         scores = q.shape[0] * q.shape[2] * k.shape[2]
@@ -174,7 +182,6 @@ class ActivationPlanner:
 
     def _begin(self, x: torch.Tensor, layer: DecoderLayer) -> None:
         """Start a forward: the layers count up from here."""
-        self._offload.begin()
         self._shape = tuple(x.shape)
         self._forwards_of_shape[self._shape] = self._forwards_of_shape.get(self._shape, 0) + 1
         tokens = x.shape[0] * x.shape[1]
@@ -184,6 +191,10 @@ class ActivationPlanner:
         if (bucket, beside) not in self._plans:
             self._plans[bucket, beside] = self._make_plan(layer, bucket, x.device, x.dtype)
         self._plan = self._plans[bucket, beside]
+        self._spare_link.begin(
+            self._offload, sends=Keep.OFFLOADED_ATTENTION in self._plan, layers=self.num_layers, rows=tokens,
+            row_bytes=layer.gate_up.output_buffer_width * x.dtype.itemsize, host_share=_HOST_SHARE,
+        )  # fmt: skip
         kept = self._plan.count(Keep.ALL)
         # The last layer alone would hold a workspace beside that of the others.
         self.recordings.begin(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastllm.kernels.attention import AttentionCase
+from fastllm.kernels.decoder_activations import RowsAway
 from fastllm.kernels.layer_definition import DecoderLayer, Keep, LayerCall, Norm
 from fastllm.kernels.lora import Projection, ProjectionGroup, dropout_masks
 
@@ -104,6 +105,22 @@ def to_host(tensors: Sequence[torch.Tensor]) -> list[Callable[[], torch.Tensor]]
     """Offloads the way a memory planner does, without its streams."""
     copies = [(tensor.device, tensor.detach().to("cpu", copy=True).contiguous()) for tensor in tensors]
     return [functools.partial(copy.to, device, copy=True) for device, copy in copies]
+
+
+def rows_to_host(count: int) -> RowsAway:
+    """Takes rows of gate and up's output away; they are back when somebody waited for them, and not before."""
+
+    class Away:
+        def __init__(self, matrix: torch.Tensor, count: int) -> None:
+            self.kept, self.buffer = matrix[:count].detach().clone(), torch.full_like(matrix, torch.nan)
+
+        def start(self) -> torch.Tensor:
+            return self.buffer
+
+        def arrive(self) -> None:
+            self.buffer[: len(self.kept)] = self.kept
+
+    return RowsAway(count, Away)
 
 
 def call_of(setting: Setting, spec: Spec, **changes) -> LayerCall:

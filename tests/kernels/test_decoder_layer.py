@@ -14,7 +14,7 @@ from fastllm.kernels.layer_definition import Keep, LayerCall, decoder_layer_refe
 from ..determinism import deterministic
 from . import eager
 from .conftest import SETTINGS
-from .layers import Spec, call_of, eager_layer, layer_of, masks_of, parameters_of, to_host
+from .layers import Spec, call_of, eager_layer, layer_of, masks_of, parameters_of, rows_to_host, to_host
 from .parity import Biased, Limit, OverLimit, Setting, Tensors, check_op, wide
 from .quantized import dequantized, quantize
 
@@ -232,15 +232,17 @@ def test_keep_modes_give_the_same_bits(setting, spec):
     check_keep_modes(setting, spec)
 
 
-def check_away(setting: Setting, spec: Spec) -> list[int]:
-    """An attention half that was in host memory: the bits of a layer that kept all. Returns how many tensors went."""
+def check_away(setting: Setting, spec: Spec, rows_away: int = 0) -> list[int]:
+    """An attention half that was in host memory, with rows of gate and up or without: the bits of a layer that kept
+    all. Returns how many tensors went."""
     sent = []
 
     def offload(tensors):
         sent.append(len(tensors))
         return to_host(tensors)
 
-    call = call_of(setting, spec, choose_backend=lambda *_: "triton", offload=offload)
+    options = {"rows_away": rows_to_host(rows_away)} if rows_away else {}
+    call = call_of(setting, spec, choose_backend=lambda *_: "triton", offload=offload, **options)
     with deterministic():
         expected, _ = run_layer(setting, spec, Keep.ALL, call)
         found, _ = run_layer(setting, spec, Keep.OFFLOADED_ATTENTION, call)
@@ -256,6 +258,13 @@ def check_away(setting: Setting, spec: Spec) -> list[int]:
 def test_an_attention_half_comes_back_from_the_host_as_it_was(setting, name, count):
     dropout = KEEP_SPECS[name].dropout if count == 1 else 0.0
     assert check_away(setting, dataclasses.replace(KEEP_SPECS[name], dropout=dropout)) == [count]
+
+
+@pytest.mark.parametrize("name", ["nf4", "trained", "out_norms"])
+@pytest.mark.parametrize("is_all", [False, True])
+def test_rows_that_come_back_from_the_host_are_not_computed_again(setting, name, is_all):
+    spec = dataclasses.replace(KEEP_SPECS[name], dropout=0.0)
+    check_away(setting, spec, rows_away=spec.batch * spec.length if is_all else 5)
 
 
 def test_frozen_input(fp32):

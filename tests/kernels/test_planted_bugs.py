@@ -464,6 +464,9 @@ HOST = {
         "view(batch, length, heads, head_dim).transpose(1, 2)", "view(batch, heads, length, head_dim)",
         checks(check_away, Spec(weights="dense"), on="reference"),
     ),
+    "rows_not_waited_for": Bug(
+        "            self._coming.arrive()\n", "", checks(check_away, Spec(weights="dense"), 5, on="reference")
+    ),
 }  # fmt: skip
 
 WEIGHT_FORMS = {
