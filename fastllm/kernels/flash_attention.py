@@ -7,6 +7,8 @@
     dp_ij = dout_i v_j     ds_ij = p_ij (dp_ij - delta_i) c'_ij     delta_i = dout_i out_i     c' = 1 - (c / softcap)^2
     dq_i = scaling * sum_j ds_ij k_j     dk_j = scaling * sum_i ds_ij q_i     dv_j = sum_i p_ij dout_i
 
+In the forward, tiles in which every query sees every key, which are most, have a loop of their own, without masks.
+
 Shapes: q, out [B, H, S, E]; k, v [B, K, S, E] with H a multiple of K and E at most 256 (fp32: 128); any strides but
 along E; lse (in base 2) and delta [B, H, S]. Key and value heads are not expanded: a program that computes dk and dv
 of one key head walks over the query heads that share it. No atomics: the same bits on every run.
@@ -18,7 +20,17 @@ from typing import Any
 
 import torch
 
-from .dispatch import dot_precision, has_tensor_cores, jit, launch_on, next_power_of_2, tl, triton, use_triton
+from .dispatch import (
+    compiles_to_ptx,
+    dot_precision,
+    has_tensor_cores,
+    jit,
+    launch_on,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
 from .documents import Documents
 from .soft_cap import soft_cap_slope, soft_capped
 
@@ -72,7 +84,7 @@ def flash_attention_forward(
             q, k, v, out, lse, starts, ends, *_strides(q, k, v, out), heads, heads // k.shape[1], length, width,
             scaling, softcap or 1.0, min(window or length, length),
             HAS_DOCUMENTS=documents is not None, HAS_CAP=softcap > 0, CAUSAL=causal, PRECISION=dot_precision(q.dtype),
-            **tile,
+            PTX=compiles_to_ptx(q), **tile,
         )  # fmt: skip
     return out, lse
 
@@ -105,6 +117,7 @@ def flash_attention_backward(
         "HAS_CAP": softcap > 0,
         "CAUSAL": causal,
         "PRECISION": dot_precision(q.dtype),
+        "PTX": compiles_to_ptx(q),
         **_tile(tiles[q.dtype.itemsize], width),
     }
     programs = triton.cdiv(length, flags["BLOCK_M"])
@@ -197,15 +210,62 @@ def _queries_that_see(
 
 
 @jit
-def _capped(scores, softcap, HAS_CAP: tl.constexpr):
+def _full_tiles(start, stop, full_start, full_stop, BLOCK: tl.constexpr):
+    """(tiles before, first position, end) of the tiles from `start` to `stop` that lie between the other two. Those
+    before and after are the others."""
+    begin = tl.minimum(tl.maximum(tl.cdiv(full_start, BLOCK) * BLOCK, start), tl.cdiv(stop, BLOCK) * BLOCK)
+    end = tl.maximum(tl.minimum(full_stop, stop) // BLOCK * BLOCK, begin)
+    return (begin - start) // BLOCK, begin, end
+
+
+@jit
+def _other_tile(index, start, before, end, BLOCK: tl.constexpr):
+    """The first position of one of the tiles before and after the full ones, which `end` there."""
+    return index * BLOCK + tl.where(index < before, start, end - before * BLOCK)
+
+
+@jit
+def _scores_of(product, scaling, softcap, HAS_CAP: tl.constexpr, PTX: tl.constexpr):
+    """(scores in base 2; what they were made of, capped where there is a cap)"""
     if HAS_CAP:
-        return soft_capped(scores, softcap)
-    return scores
+        capped = soft_capped(product * scaling, softcap, PTX)
+        return _in_base_2(capped), capped
+    return product * _in_base_2(scaling), product
 
 
 @jit
 def _in_base_2(scores):
     return scores * 1.4426950408889634
+
+
+@jit
+def _keys_of_tile(row, first, end, length, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(start, stop) of the keys that any of the queries from `row` on sees; they start with a tile."""
+    start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
+    stop = tl.minimum(row + BLOCK_M, length) if CAUSAL else tl.max(end, axis=0)
+    return start, stop
+
+
+@jit
+def _attend(
+    key, q, k_ptr, v_ptr, k_row, v_row, queries, first, end, length, width, scaling, softcap, largest, total, out,
+    MASKED: tl.constexpr, HAS_CAP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys more in the running softmax of each query: (largest score, sum, weighted values)."""
+    k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
+    scores, _ = _scores_of(tl.dot(q, tl.trans(k), input_precision=PRECISION), scaling, softcap, HAS_CAP, PTX)
+    if MASKED:
+        keys = key + tl.arange(0, BLOCK_N)
+        seen = _is_seen(keys[None, :], queries[:, None], first[:, None], end[:, None], CAUSAL)
+        scores = tl.where(seen, scores, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, axis=1))
+    reached = tl.where(larger == float("-inf"), 0.0, larger)  # no key of this row yet
+    rescale = tl.exp2(largest - reached)
+    p = tl.exp2(scores - reached[:, None])
+    v = _load_tile(v_ptr, key, v_row, length, width, BLOCK_N, BLOCK_E)
+    out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    return larger, total * rescale + tl.sum(p, axis=1), out
 
 
 @jit
@@ -215,6 +275,7 @@ def _flash_fwd_kernel(
     heads, groups, length, width, scaling, softcap, window,
     HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -227,24 +288,25 @@ def _flash_fwd_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
-    stop = tl.minimum(block * BLOCK_M + BLOCK_M, length) if CAUSAL else tl.max(end, axis=0)
-    for key in range(start, stop, BLOCK_N):
-        keys = key + tl.arange(0, BLOCK_N)
-        k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
-        scores = _in_base_2(_capped(scores, softcap, HAS_CAP))
-        seen = _is_seen(keys[None, :], queries[:, None], first[:, None], end[:, None], CAUSAL)
-        scores = tl.where(seen, scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, axis=1))
-        reached = tl.where(larger == float("-inf"), 0.0, larger)  # no key of this row yet
-        rescale = tl.exp2(largest - reached)
-        p = tl.exp2(scores - reached[:, None])
-        total = total * rescale + tl.sum(p, axis=1)
-        v = _load_tile(v_ptr, key, v_row, length, width, BLOCK_N, BLOCK_E)
-        out = out * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        largest = larger
     live = queries < length
+    row = block * BLOCK_M
+    start, stop = _keys_of_tile(row, first, end, length, CAUSAL, BLOCK_M, BLOCK_N)
+    # Of these, the ones that all queries see.
+    full_start = tl.max(tl.where(live, first, 0), axis=0)
+    full_stop = row + 1 if CAUSAL else tl.min(tl.where(live, end, length), axis=0)
+    before, begin, stop_full = _full_tiles(start, stop, full_start, full_stop, BLOCK_N)
+    for index in range(before + tl.cdiv(stop - stop_full, BLOCK_N)):
+        largest, total, out = _attend(
+            _other_tile(index, start, before, stop_full, BLOCK_N), q, k_ptr, v_ptr, k_row, v_row, queries, first, end,
+            length, width, scaling, softcap, largest, total, out,
+            True, HAS_CAP, CAUSAL, BLOCK_N, BLOCK_E, PRECISION, PTX,
+        )  # fmt: skip
+    for key in range(begin, stop_full, BLOCK_N):
+        largest, total, out = _attend(
+            key, q, k_ptr, v_ptr, k_row, v_row, queries, first, end,
+            length, width, scaling, softcap, largest, total, out,
+            False, HAS_CAP, CAUSAL, BLOCK_N, BLOCK_E, PRECISION, PTX,
+        )  # fmt: skip
     total = tl.where(live, total, 1.0)
     out_ptr += batch * out_batch + head * out_head
     _store_tile(out_ptr, block * BLOCK_M, out_row, length, width, out / total[:, None], BLOCK_M, BLOCK_E)
@@ -259,6 +321,7 @@ def _flash_bwd_q_kernel(
     heads, groups, length, width, scaling, softcap, window,
     HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the kernel that follows."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -278,15 +341,14 @@ def _flash_bwd_q_kernel(
     tl.store(delta_ptr + statistics, delta, mask=live)
     lse = tl.load(lse_ptr + statistics, mask=live, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    start = tl.min(first, axis=0) // BLOCK_N * BLOCK_N
-    stop = tl.minimum(block * BLOCK_M + BLOCK_M, length) if CAUSAL else tl.max(end, axis=0)
+    start, stop = _keys_of_tile(row, first, end, length, CAUSAL, BLOCK_M, BLOCK_N)
     for key in range(start, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         k = _load_tile(k_ptr, key, k_row, length, width, BLOCK_N, BLOCK_E)
         v = _load_tile(v_ptr, key, v_row, length, width, BLOCK_N, BLOCK_E)
-        capped = _capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling, softcap, HAS_CAP)
+        scores, capped = _scores_of(tl.dot(q, tl.trans(k), input_precision=PRECISION), scaling, softcap, HAS_CAP, PTX)
         seen = _is_seen(keys[None, :], queries[:, None], first[:, None], end[:, None], CAUSAL)
-        p = tl.exp2(tl.where(seen, _in_base_2(capped) - lse[:, None], float("-inf")))
+        p = tl.exp2(tl.where(seen, scores - lse[:, None], float("-inf")))
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if HAS_CAP:
             ds *= soft_cap_slope(capped, softcap)
@@ -303,6 +365,7 @@ def _flash_bwd_kv_kernel(
     heads, groups, length, width, scaling, softcap, window,
     HAS_DOCUMENTS: tl.constexpr, HAS_CAP: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys, from all query heads of its group; tiles are keys by queries."""
     row = tl.program_id(0) * BLOCK_N
@@ -325,9 +388,10 @@ def _flash_bwd_kv_kernel(
             statistics = (batch * heads + head) * length + queries
             lse = tl.load(lse_ptr + statistics, mask=queries < length, other=0.0)
             delta = tl.load(delta_ptr + statistics, mask=queries < length, other=0.0)
-            capped = _capped(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scaling, softcap, HAS_CAP)
+            product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            scores, capped = _scores_of(product, scaling, softcap, HAS_CAP, PTX)
             seen = (first[:, None] <= queries[None, :]) & (queries[None, :] < end[:, None])
-            p = tl.exp2(tl.where(seen, _in_base_2(capped) - lse[None, :], float("-inf")))
+            p = tl.exp2(tl.where(seen, scores - lse[None, :], float("-inf")))
             dv += tl.dot(p.to(dout.dtype), dout, input_precision=PRECISION)
             ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
             if HAS_CAP:

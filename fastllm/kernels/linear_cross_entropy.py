@@ -216,11 +216,11 @@ def _token_losses(
 
 
 @jit
-def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def _capped(z, scale, softcap, HAS_SOFTCAP: tl.constexpr, PTX: tl.constexpr):
     """The transformed logit."""
     z = z * scale
     if HAS_SOFTCAP:
-        z = soft_capped(z, softcap)
+        z = soft_capped(z, softcap, PTX)
     return z
 
 
@@ -253,7 +253,7 @@ def _cross_entropy_kernel(
         # label that is none makes the loss NaN, and touches no other row.
         is_label = (label >= 0) & (label < vocab)
         target = tl.load(row_ptr + label, mask=is_label, other=float("nan")).to(tl.float32)
-        target = _capped(target, scale, softcap, HAS_SOFTCAP)
+        target = _capped(target, scale, softcap, HAS_SOFTCAP, PTX)
         top = -float("inf")
         top_before_label = -float("inf")
         top_other = -float("inf")
@@ -262,7 +262,7 @@ def _cross_entropy_kernel(
         for start in range(0, vocab, BLOCK):
             live = start + cols < vocab
             raw = tl.load(row_ptr + start + cols, mask=live, other=0.0).to(tl.float32)
-            z = _capped(raw, scale, softcap, HAS_SOFTCAP)
+            z = _capped(raw, scale, softcap, HAS_SOFTCAP, PTX)
             z = tl.where(live, z, -float("inf"))
             new_top = tl.maximum(top, tl.max(z, axis=0))
             rescale = tl.exp(top - new_top)
@@ -301,7 +301,7 @@ def _cross_entropy_kernel(
                 start = (pieces - 1 - piece) * BLOCK
                 live = start + cols < vocab
                 raw = tl.load(row_ptr + start + cols, mask=live, other=0.0).to(tl.float32)
-                z = _capped(raw, scale, softcap, HAS_SOFTCAP)
+                z = _capped(raw, scale, softcap, HAS_SOFTCAP, PTX)
                 grad = exp_of(z - lse, PTX) * factor
                 if HAS_SOFTCAP:
                     grad *= soft_cap_slope(z, softcap)

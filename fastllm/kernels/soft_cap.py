@@ -5,13 +5,14 @@ an odd polynomial there. Source: Moshier, "Methods and Programs for Mathematical
 arXiv 2408.00118.
 """
 
+from .activation import sigmoid_of
 from .dispatch import jit, tl
 
 
 @jit
-def soft_capped(scores, cap):
-    """`scores` fp32 of any shape, `cap` > 0."""
-    x = scores / cap
+def soft_capped(scores, cap, PTX: tl.constexpr):
+    """`scores` fp32 of any shape, `cap` > 0; in `PTX` where the kernel may hold some."""
+    x = scores * (1.0 / cap)
     square = x * x
     near = -5.70498872745e-3
     near = near * square + 2.06390887954e-2
@@ -19,10 +20,11 @@ def soft_capped(scores, cap):
     near = near * square + 1.33314422036e-1
     near = near * square - 3.33332819422e-1
     near = near * square * x + x
-    return cap * tl.where(square < 0.390625, near, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+    return cap * tl.where(square < 0.390625, near, 2.0 * sigmoid_of(2.0 * x, PTX) - 1.0)
 
 
 @jit
 def soft_cap_slope(capped, cap):
     """c'(s), from `capped` = c(s) in fp32."""
-    return 1.0 - (capped / cap) * (capped / cap)
+    y = capped / cap
+    return 1.0 - y * y

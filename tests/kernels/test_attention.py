@@ -148,7 +148,15 @@ NARROWED = {
     "capped_segments": ([[16, 45]], 0, 2.0),
     "capped_rows": (None, 0, 1.5),
 }
-NOT_CAUSAL = {"segments", "rows_of_segments", "capped_segments", "capped_rows"}
+# With tiles of 64 in which every query sees every key, and others before and behind them: rows of 270 tokens.
+LONG = {
+    "long_rows": (None, 0, 1.5),
+    "long_window": (None, 150, 0.0),
+    "long_packed": ([[100, 170]], 0, 0.0),
+    "long_packed_window": ([[30, 240]], 140, 0.0),
+    "long_segments": ([[20, 160, 90]], 0, 0.0),
+}
+NOT_CAUSAL = {"segments", "rows_of_segments", "capped_segments", "capped_rows", "long_segments"}
 NARROWED_SHAPE = (6, 2, 61, 32)
 
 
@@ -172,7 +180,7 @@ def seen_by_rule(lengths: list[list[int]], window: int, *, causal: bool) -> torc
 
 def narrowed(setting: Setting, name: str, shape: tuple[int, int, int, int] = NARROWED_SHAPE):
     """(case, inputs, upstream gradient, the op as eager attention with a dense mask)."""
-    lengths, window, softcap = NARROWED[name]
+    lengths, window, softcap = {**NARROWED, **LONG}[name]
     q_heads, k_heads, length, width = shape
     batch, causal = len(lengths or [0]), name not in NOT_CAUSAL
     q, k, v = (setting.randn(batch, length, n, width).transpose(1, 2) for n in (q_heads, k_heads, k_heads))

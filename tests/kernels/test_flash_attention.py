@@ -18,12 +18,13 @@ from fastllm.kernels.flash_attention import flash_attention_forward
 from ..planting import Bug, plant
 from .conftest import SETTINGS
 from .parity import OverLimit, Setting, check_op, run
-from .test_attention import LIMITS, NARROWED, check_narrowed, narrowed
+from .test_attention import LIMITS, LONG, NARROWED, check_narrowed, narrowed
 
 # Triton's interpreter computes masked lanes too, in numpy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 FEW_HEADS = (2, 1, 61, 32)
+LONG_ROWS = (1, 1, 270, 32)
 # (query heads, key heads, length, head dim): rows of several tiles, heads that fill no power of two, the widest.
 SHAPES = {
     "one_token": (2, 2, 1, 64),
@@ -63,6 +64,11 @@ def test_shapes(setting, shape, name):
     if setting.dtype == torch.float32 and SHAPES[shape][-1] > 128:
         pytest.skip("fp32 heads are at most 128 wide")
     check_narrowed(setting, name, "triton", SHAPES[shape])
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_tiles_without_masks(setting, name):
+    check_narrowed(setting, name, "triton", LONG_ROWS)
 
 
 def test_a_cap_far_above_the_scores_changes_nothing(setting):
@@ -121,17 +127,35 @@ def test_left_to_the_reference(device):
 
 
 on_few_heads = functools.partial(check_narrowed, backend="triton", shape=FEW_HEADS)
+on_long_rows = functools.partial(check_narrowed, backend="triton", shape=LONG_ROWS)
 BUGS = {
     "future_seen": Bug(
         "return (keys <= queries) &", "return (keys <= queries + 1) &",
         lambda setting: on_few_heads(setting, "softcap"),
     ),
     "scaling_missing": Bug(
-        "q, tl.trans(k), input_precision=PRECISION) * scaling\n        scores", "q, tl.trans(k)) * 1.0\n        scores",
+        "soft_capped(product * scaling, ", "soft_capped(product * 1.0, ",
         lambda setting: on_few_heads(setting, "softcap"),
     ),
+    "scaling_missing_without_a_cap": Bug(
+        "product * _in_base_2(scaling)", "_in_base_2(product)", lambda setting: on_few_heads(setting, "window")
+    ),
+    "full_tiles_past_the_diagonal": Bug(
+        "full_stop = row + 1 if", "full_stop = row + BLOCK_M if", lambda setting: on_long_rows(setting, "long_rows")
+    ),
+    "full_tiles_before_the_window": Bug(
+        "full_start = tl.max(tl.where(live, first, 0), axis=0)", "full_start = tl.min(first, axis=0)",
+        lambda setting: on_long_rows(setting, "long_window"),
+    ),
+    "full_tiles_past_the_document": Bug(
+        "else tl.min(tl.where(live, end, length), axis=0)", "else tl.max(end, axis=0)",
+        lambda setting: on_long_rows(setting, "long_segments"),
+    ),
+    "tiles_behind_the_full_ones_in_their_place": Bug(
+        "start, end - before * BLOCK)", "start, start)", lambda setting: on_long_rows(setting, "long_window")
+    ),
     "sum_not_rescaled": Bug(
-        "total = total * rescale + tl.sum", "total = total + tl.sum", lambda setting: on_few_heads(setting, "softcap")
+        "total * rescale + tl.sum", "total + tl.sum", lambda setting: on_few_heads(setting, "softcap")
     ),
     "window_off_by_one": Bug(
         "first = tl.maximum(first, queries - window + 1)", "first = tl.maximum(first, queries - window)",
