@@ -198,7 +198,7 @@ NF4 = {
         "blocks // NESTED_BLOCK", "blocks // (2 * NESTED_BLOCK)", checks(check_dequantize, 300, 256)
     ),
     "nibbles_swapped": Bug(
-        "tl.interleave(high, low)", "tl.interleave(low, high)", checks(check_dequantize, 3, 128)
+        "high, low = _values_of(", "low, high = _values_of(", checks(check_dequantize, 3, 128)
     ),
     "code_rounded_before_the_product": Bug(
         "body = values[:full]", "body = values[:full].to(dtype)",
