@@ -282,14 +282,14 @@ def _flash_fwd_kernel(
     q_ptr += batch * q_batch + head * q_head
     k_ptr += batch * k_batch + head // groups * k_head
     v_ptr += batch * v_batch + head // groups * v_head
-    queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = block * BLOCK_M
+    queries = row + tl.arange(0, BLOCK_M)
     first, end = _keys_seen_by(queries, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS, CAUSAL)
-    q = _load_tile(q_ptr, block * BLOCK_M, q_row, length, width, BLOCK_M, BLOCK_E)
+    q = _load_tile(q_ptr, row, q_row, length, width, BLOCK_M, BLOCK_E)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     live = queries < length
-    row = block * BLOCK_M
     start, stop = _keys_of_tile(row, first, end, length, CAUSAL, BLOCK_M, BLOCK_N)
     # Of these, the ones that all queries see.
     full_start = tl.max(tl.where(live, first, 0), axis=0)
@@ -309,7 +309,7 @@ def _flash_fwd_kernel(
         )  # fmt: skip
     total = tl.where(live, total, 1.0)
     out_ptr += batch * out_batch + head * out_head
-    _store_tile(out_ptr, block * BLOCK_M, out_row, length, width, out / total[:, None], BLOCK_M, BLOCK_E)
+    _store_tile(out_ptr, row, out_row, length, width, out / total[:, None], BLOCK_M, BLOCK_E)
     tl.store(lse_ptr + (batch * heads + head) * length + queries, largest + tl.log2(total), mask=live)
 
 
