@@ -26,5 +26,4 @@ def soft_capped(scores, cap, PTX: tl.constexpr):
 @jit
 def soft_cap_slope(capped, cap):
     """c'(s), from `capped` = c(s) in fp32."""
-    y = capped / cap
-    return 1.0 - y * y
+    return 1.0 - capped * capped * (1.0 / (cap * cap))
