@@ -25,7 +25,7 @@ class SpareLink:
     def __init__(self) -> None:
         self._share: float | None = None
         self._forwards = 0
-        self._timed_bytes = 0
+        self._timed_rows = 0
 
     def begin(
         self, offload: HostOffload, *, sends: bool, layers: int, rows: int, row_bytes: int, host_share: float
@@ -35,11 +35,11 @@ class SpareLink:
         if not sends or self._share is not None:
             offload.begin()
             return
-        times = offload.times() if self._timed_bytes else None
+        times = offload.times() if self._timed_rows else None
         if times is not None:
             room = host_share * free_host_bytes() / layers
             spare = min(_USED * times.idle * times.rate, room)
-            self._share = min(1.0, max(0.0, spare / self._timed_bytes))
+            self._share = min(1.0, max(0.0, spare / (self._timed_rows * row_bytes)))
             if self.rows(rows):
                 more = layers * self.rows(rows) * row_bytes / 2**30
                 notice(
@@ -51,11 +51,11 @@ class SpareLink:
         is_timed = self._share is None and self._forwards > 1
         offload.begin(is_timed=is_timed)
         if is_timed:
-            self._timed_bytes = rows * row_bytes
+            self._timed_rows = rows
 
     def rows(self, count: int) -> int:
-        """How many of `count` rows of a layer go to the host. In deterministic mode none: products of fewer rows may
-        round otherwise."""
+        """How many of `count` rows of a layer go to the host; of a longer batch than the timed one not more, for whose
+        rows the host has room. In deterministic mode none: products of fewer rows may round otherwise."""
         if self._share is None or torch.are_deterministic_algorithms_enabled():
             return 0
-        return int(self._share * count) // _ROWS * _ROWS
+        return int(self._share * min(count, self._timed_rows)) // _ROWS * _ROWS

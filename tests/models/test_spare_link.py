@@ -80,6 +80,13 @@ def test_the_host_has_to_have_room(host):
     assert forwards(SpareLink(), Link(LinkTimes(25e9, 1.0)), 3)[-1] == 896  # of 1,000
 
 
+def test_longer_batches_take_no_more_of_the_host():
+    """Its room was asked for once; what their attention halves take is planned for each length."""
+    spare = SpareLink()
+    assert forwards(spare, Link(LinkTimes(50e9, 2e-3)), 3)[-1] == spare.rows(4 * ROWS) == 1408
+    assert spare.rows(ROWS // 2) == 640  # of 741
+
+
 def test_no_rows_without_attention_halves_and_where_bits_matter():
     link, spare = Link(LinkTimes(25e9, 1.0)), SpareLink()
     assert forwards(spare, link, 5, sends=False) == [0] * 5 and not link.is_timed
