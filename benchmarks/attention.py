@@ -23,7 +23,7 @@ BACKENDS = ("triton", "cudnn", "flash", "varlen", "efficient")
 
 @dataclass(frozen=True)
 class Rows:
-    """One case: causal rows of tokens, in documents of `document` tokens where that is not 0."""
+    """One case: rows of tokens, in documents of `document` tokens where that is not 0."""
 
     batch: int
     sequence: int
@@ -33,11 +33,14 @@ class Rows:
     document: int = 0
     window: int = 0
     softcap: float = 0.0
+    causal: bool = True
 
     @property
     def pairs(self) -> int:
         """How many keys all queries of a head see."""
         length = self.document or self.sequence
+        if not self.causal:
+            return self.batch * self.sequence * length
         window = min(self.window or length, length)
         one = window * (window + 1) // 2 + (length - window) * window
         return self.batch * self.sequence // length * one
@@ -50,6 +53,12 @@ CASES = {
     "1 x 8192 in documents of 512": Rows(1, 8192, document=512),
     "1 x 32768 in documents of 4096": Rows(1, 32768, document=4096),
     "1 x 32768, window of 4096": Rows(1, 32768, window=4096),
+    "1 x 8192 in documents of 512, heads of 64": Rows(1, 8192, head_dim=64, document=512),
+    "1 x 32768 in documents of 4096, heads of 64": Rows(1, 32768, head_dim=64, document=4096),
+    "1 x 8192 in documents of 512, heads of 256": Rows(1, 8192, 16, 8, 256, document=512),
+    "1 x 32768 in documents of 4096, heads of 256": Rows(1, 32768, 16, 8, 256, document=4096),
+    "images of 1024 patches, heads of 72": Rows(1, 8192, 16, 16, 72, document=1024, causal=False),
+    "images of 4096 patches, heads of 80": Rows(1, 16384, 16, 16, 80, document=4096, causal=False),
     "4 x 2048, soft cap, heads of 256": Rows(4, 2048, 16, 8, 256, softcap=50.0),
     "1 x 8192, window of 4096, soft cap, heads of 256": Rows(1, 8192, 16, 8, 256, window=4096, softcap=50.0),
 }
@@ -71,7 +80,9 @@ def measure(rows: Rows, backend: str, device: str) -> dict[str, Any]:
     if rows.document:
         positions = (torch.arange(rows.sequence) % rows.document).expand(rows.batch, -1)
         documents = Documents.from_position_ids(positions.to(device), rows.batch)
-    case = AttentionCase(rows.head_dim**-0.5, documents=documents, sliding_window=rows.window, softcap=rows.softcap)
+    case = AttentionCase(
+        rows.head_dim**-0.5, documents=documents, sliding_window=rows.window, softcap=rows.softcap, causal=rows.causal
+    )
 
     def forward() -> Any:
         return attention_forward(q, k, v, case, backend, needs_backward=True)

@@ -28,8 +28,8 @@ class Bug:
 def plant(module_name: str, bug: Bug, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let the module's functions, methods and kernels run the wrong source until `monkeypatch` is undone.
 
-    Functions get the other code, so that every name that refers to them sees the bug; Triton kernels, which live in
-    their own module only, are exchanged.
+    Functions get the other code, so that every name that refers to them sees the bug; Triton kernels are exchanged in
+    every module of the package that has them.
     """
     module = importlib.import_module(module_name)
     planted = _imported_copy(module, bug, monkeypatch, folder)
@@ -39,7 +39,8 @@ def plant(module_name: str, bug: Bug, monkeypatch: pytest.MonkeyPatch, folder: P
             monkeypatch.setattr(sound[name], "__code__", function.__code__)
     for name, value in vars(planted).items():
         if _is_kernel(value):
-            monkeypatch.setattr(module, name, value)
+            for user in _users_of(getattr(module, name), module):
+                monkeypatch.setattr(user, name, value)
 
 
 def _imported_copy(module: ModuleType, bug: Bug, monkeypatch: pytest.MonkeyPatch, folder: Path) -> ModuleType:
@@ -65,6 +66,13 @@ def _functions_of(module: ModuleType) -> Iterator[tuple[str, FunctionType]]:
             function = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
             if isinstance(function, FunctionType) and function.__code__.co_filename == module.__file__:
                 yield function.__qualname__, function
+
+
+def _users_of(kernel: Any, module: ModuleType) -> list[ModuleType]:
+    """The module and those of the package that import the kernel from it."""
+    package = module.__name__.partition(".")[0]
+    loaded = [other for name, other in sys.modules.items() if name.partition(".")[0] == package]
+    return [other for other in loaded if vars(other).get(kernel.__name__) is kernel]
 
 
 def _is_kernel(value: Any) -> bool:

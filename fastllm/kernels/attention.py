@@ -24,7 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._device import info_of
 from .._notices import notice
 from .documents import Documents
-from .flash_attention import flash_attention_backward, flash_attention_forward, flash_attention_serves
+from .flash_attention import (
+    flash_attention_backward,
+    flash_attention_forward,
+    flash_attention_is_fastest,
+    flash_attention_serves,
+)
 from .varlen_attention import varlen_backward, varlen_forward, varlen_serves
 from .xformers_attention import xformers_backward, xformers_forward, xformers_serves
 
@@ -53,6 +58,8 @@ class AttentionCase:
 
     def __post_init__(self) -> None:
         is_free = self.mask is None and self.function is None
+        if self.scaling <= 0:
+            raise ValueError(f"scaling multiplies scores and must be above 0, got {self.scaling}")
         if not is_free and (self.documents is not None or self.sliding_window):
             raise ValueError("documents and sliding_window narrow attention: no mask, no function")
         if self.sliding_window and not self.causal:
@@ -115,7 +122,8 @@ def choose_backend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase, *, allow_cudnn: bool = True
 ) -> str:
     """`cudnn`, `flash`, `xformers` or `efficient`: a CUDA kernel called directly; `varlen`: torch's flash kernel for
-    documents and windows; `triton`: fastllm's own kernel, for what no library serves; `autograd`: anything else.
+    documents and windows; `triton`: fastllm's own kernel, for what no library serves, and on Hopper, where it is
+    faster than torch's flash kernels, for all that cuDNN does not; `autograd`: anything else.
 
     cuDNN is the fastest on Hopper and later, but compiles a plan for each new shape: `allow_cudnn=False` is for shapes
     that will not come again. A layer that recomputes its forward passes the same choice: both give the same bits.
@@ -130,6 +138,8 @@ def choose_backend(
     is_hopper = info_of(q.device).capability >= (9, 0)
     if allow_cudnn and is_hopper and not deterministic and torch.backends.cuda.can_use_cudnn_attention(params):
         return "cudnn"
+    if _own_kernel_is_fastest(q, k, v, case):
+        return "triton"
     if not deterministic and torch.backends.cuda.can_use_flash_attention(params):
         return "flash"
     if not deterministic and xformers_serves(q, case.dropout):
@@ -140,6 +150,8 @@ def choose_backend(
 
 
 def _choose_for_narrowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
+    if case.mask is None and _own_kernel_is_fastest(q, k, v, case):
+        return "triton"
     if case.mask is None and not case.softcap and varlen_serves(q, k, v, case.dropout, _documents(case, q)):
         return "varlen"
     reason = "torch's flash kernel does not serve this packed, windowed or soft-capped attention here"
@@ -150,6 +162,10 @@ def _choose_for_narrowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case
         how = "document by document" if _runs_by_document(case) else "with a dense mask"
         notice(f"fastllm: attention runs {how}, as {reason}", once=f"attention:{how}")
     return "autograd"
+
+
+def _own_kernel_is_fastest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> bool:
+    return flash_attention_serves(q, case.dropout) and flash_attention_is_fastest(q, k, v)
 
 
 def attention_forward(

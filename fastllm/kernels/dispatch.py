@@ -72,6 +72,11 @@ def has_tensor_cores(x: torch.Tensor) -> bool:
     return not x.is_cuda or info_of(x.device).has_tensor_core_dot
 
 
+def is_hopper(x: torch.Tensor) -> bool:
+    """Whether `x` is on an NVIDIA GPU of capability 9: tiles and ways of its own pay there."""
+    return torch.version.hip is None and info_of(x.device).capability[0] == 9
+
+
 def launch_on(x: torch.Tensor) -> AbstractContextManager:
     """Context in which Triton launches on `x`'s device: it launches on the current one, not on its arguments'."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

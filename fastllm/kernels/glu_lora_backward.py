@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import torch
 
-from .._device import info_of
 from .activation import activate, require_known
 from .dispatch import (
     compiles_to_ptx,
     dot_precision,
     has_tensor_cores,
+    is_hopper,
     jit,
     launch_on,
     next_power_of_2,
@@ -199,7 +199,7 @@ def glu_lora_backward(
 def _tiling(x: torch.Tensor) -> Tiling:
     if torch.version.hip is not None:
         return _TILINGS_AMD[x.dtype.itemsize]
-    if _is_hopper(x) and x.dtype.itemsize == 2:
+    if is_hopper(x) and x.dtype.itemsize == 2:
         return _TILING_HOPPER
     return _TILINGS[x.dtype.itemsize]
 
@@ -210,10 +210,6 @@ def _programs(tiling: Tiling, device: torch.device) -> int:
     is_cuda = device.type == "cuda"
     count = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else _MULTIPROCESSORS
     return max(int(tiling.programs * count), 1)
-
-
-def _is_hopper(x: torch.Tensor) -> bool:
-    return x.is_cuda and info_of(x.device).capability[0] == 9
 
 
 def _reference(

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fastllm.kernels
-from fastllm.kernels import adam_8bit, fp8_head
+from fastllm.kernels import adam_8bit, dispatch, fp8_head
 from fastllm.kernels import glu_lora_backward as glu_lora
 from fastllm.kernels.activation import ACTIVATIONS, activation, activation_backward
 from fastllm.kernels.copy_lora import copy_with_product
@@ -52,7 +53,8 @@ TARGETS = {
 ROWS = 3
 # Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
 NEED_TENSOR_CORES = {
-    f"fastllm.kernels.{name}" for name in ("copy_lora", "flash_attention", "glu_lora_backward", "glu_lora_forward")
+    f"fastllm.kernels.{name}"
+    for name in ("copy_lora", "flash_attention_kernels", "glu_lora_backward", "glu_lora_forward")
 }
 # The same of FP8.
 NEED_FP8 = {f"fastllm.kernels.{name}" for name in ("fp8", "fp8_head", "fp8_low_rank")}
@@ -149,8 +151,9 @@ def tensor_core_launches(dtype: torch.dtype) -> None:
     everything = {"documents": documents, "softcap": 50.0, "window": 2}
     for width in (width for width in (64, 128, 256) if width <= MAX_HEAD_DIM[dtype]):
         q, k, v = (torch.randn(1, ROWS, heads, width, dtype=dtype).transpose(1, 2) for heads in (8, 2, 2))
-        out, lse = flash_attention_forward(q, k, v, scaling=0.1, **everything)
-        flash_attention_backward(out, out, lse, q, k, v, scaling=0.1, **everything)
+        for case in (everything, {"documents": documents}):
+            out, lse = flash_attention_forward(q, k, v, scaling=0.1, **case)
+            flash_attention_backward(out, out, lse, q, k, v, scaling=0.1, **case)
     for rank in (16, 32):
         h, low_rank = torch.randn(ROWS, 14336, dtype=dtype), torch.randn(ROWS, 64, dtype=dtype)
         glu_lora_forward(h, h, "gelu", torch.randn(64, 14336, dtype=dtype), rank, out=h, low_rank=low_rank)
@@ -244,7 +247,8 @@ def main(target: GPUTarget) -> None:
     JITFunction.run = compile_only
     triton.runtime.driver.set_active(TargetDriver(target))
     glu_lora._programs = lambda tiling, device: int(132 * tiling.programs)
-    glu_lora._is_hopper = lambda x: target.backend == "cuda" and target.arch == 90
+    capability = divmod(target.arch, 10) if target.backend == "cuda" else (0, 0)
+    dispatch.info_of = lambda device: SimpleNamespace(capability=capability)
     if target.backend == "hip":
         torch.version.hip = "as on the target"
     with backend("triton"):

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from fastllm.kernels import flash_attention, tensor_tiles
 from fastllm.kernels.attention import (
     AttentionCase,
     attention,
@@ -13,7 +14,7 @@ from fastllm.kernels.attention import (
     choose_backend,
 )
 from fastllm.kernels.dispatch import backend
-from fastllm.kernels.flash_attention import flash_attention_forward
+from fastllm.kernels.flash_attention import flash_attention_backward, flash_attention_forward
 
 from ..planting import Bug, plant
 from .conftest import SETTINGS
@@ -43,6 +44,18 @@ def setting(request: pytest.FixtureRequest, device: torch.device) -> Setting:
     return Setting(*SETTINGS[request.param], device)
 
 
+@pytest.fixture(params=["addresses", "descriptors"])
+def tiles(request: pytest.FixtureRequest, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How tiles reach the kernels: those of Hopper take descriptors, and are for two bytes an element."""
+    described = request.param == "descriptors"
+    if described and setting.dtype == torch.float32:
+        pytest.skip("fp32 tiles are always read by their addresses")
+    if described and setting.device.type == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+    monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: described)
+    return request.param
+
+
 @pytest.mark.parametrize("name", NARROWED)
 def test_under_autograd(setting, name):
     """Chosen where no library serves the case; here that is all of them."""
@@ -54,20 +67,20 @@ def test_under_autograd(setting, name):
 
 
 @pytest.mark.parametrize("name", NARROWED)
-def test_two_functions(setting, name):
+def test_two_functions(setting, tiles, name):
     check_narrowed(setting, name, "triton", FEW_HEADS)
 
 
 @pytest.mark.parametrize("name", ["window", "softcap", "capped_rows"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(setting, shape, name):
+def test_shapes(setting, tiles, shape, name):
     if setting.dtype == torch.float32 and SHAPES[shape][-1] > 128:
         pytest.skip("fp32 heads are at most 128 wide")
     check_narrowed(setting, name, "triton", SHAPES[shape])
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_tiles_without_masks(setting, name):
+def test_tiles_without_masks(setting, tiles, name):
     check_narrowed(setting, name, "triton", LONG_ROWS)
 
 
@@ -83,7 +96,7 @@ def test_a_cap_far_above_the_scores_changes_nothing(setting):
     assert float((found[0] - found[1]).norm()) <= 2 * eps * float(found[1].norm())
 
 
-def test_views_of_joined_projections(setting):
+def test_views_of_joined_projections(setting, tiles):
     """q, k and v as columns of one buffer, the gradient of the output with strides of its own."""
     case, inputs, upstream, _ = narrowed(setting, "packed", FEW_HEADS)
     rows = [t.transpose(1, 2).flatten(2) for t in inputs.values()]
@@ -97,7 +110,7 @@ def test_views_of_joined_projections(setting):
     assert all(map(torch.equal, *found))
 
 
-def test_the_same_bits_on_every_run_and_whatever_stands_beside(setting):
+def test_the_same_bits_on_every_run_and_whatever_stands_beside(setting, tiles):
     """No atomics; and a document's results do not depend on other documents of the row."""
     case, inputs, upstream, _ = narrowed(setting, "packed", FEW_HEADS)
     first = slice(0, 31)
@@ -126,36 +139,86 @@ def test_left_to_the_reference(device):
         assert choose_backend(q, q, q, case) == "autograd"
 
 
+@pytest.mark.parametrize("abreast", [1, 2, 4])
+def test_the_order_of_programs_changes_no_bit(setting, abreast, monkeypatch):
+    """Heads side by side, in groups that the number of heads is no multiple of."""
+    q, k, v, dout = (setting.randn(1, 140, 3, 32).transpose(1, 2) for _ in range(4))
+    found = []
+    for together in (3, abreast):
+        monkeypatch.setattr(flash_attention, "_CACHE", together * 2 * 140 * 32 * q.element_size())
+        with setting.active():
+            out, lse = flash_attention_forward(q, k, v, scaling=0.2)
+            found.append(flash_attention_backward(dout, out, lse, q, k, v, scaling=0.2))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_aligned"),
+    [
+        (lambda t: t, True),
+        (lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), True),
+        (lambda t: t[:, :, 1:], True),
+        (lambda t: t[..., 1:], False),
+        (lambda t: t[..., :12].contiguous(), False),
+        (lambda t: t[:, :1].expand(-1, 3, -1, -1), False),
+        (lambda t: t.transpose(2, 3), False),
+    ],
+    ids=["plain", "rows", "later_rows", "odd_begin", "odd_rows", "expanded", "strided"],
+)
+def test_what_can_be_described(change, is_aligned, device, monkeypatch):
+    """Rows that begin at multiples of 16 bytes, which the copy engine asks for."""
+    monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: True)
+    t = change(torch.zeros(2, 3, 16, 32, dtype=torch.bfloat16, device=device))
+    assert tensor_tiles.can_describe(t) is is_aligned
+    assert tensor_tiles.alignment(t) == (8 if is_aligned else 1)
+    monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: False)
+    assert not tensor_tiles.can_describe(t)
+
+
 on_few_heads = functools.partial(check_narrowed, backend="triton", shape=FEW_HEADS)
 on_long_rows = functools.partial(check_narrowed, backend="triton", shape=LONG_ROWS)
-BUGS = {
+
+
+def on_all_programs(setting: Setting) -> None:
+    check_narrowed(setting, "two_rows", "triton", (2, 2, 61, 32))
+
+
+KERNEL_BUGS = {
     "future_seen": Bug(
-        "return (keys <= queries) &", "return (keys <= queries + 1) &",
-        lambda setting: on_few_heads(setting, "softcap"),
+        "        end = queries + 1\n", "        end = queries + 2\n", lambda setting: on_few_heads(setting, "softcap")
     ),
     "scaling_missing": Bug(
         "soft_capped(product * scaling, ", "soft_capped(product * 1.0, ",
         lambda setting: on_few_heads(setting, "softcap"),
     ),
     "scaling_missing_without_a_cap": Bug(
-        "product * _in_base_2(scaling)", "_in_base_2(product)", lambda setting: on_few_heads(setting, "window")
+        "product, _in_base_2(scaling)", "product, _in_base_2(1.0)", lambda setting: on_few_heads(setting, "window")
+    ),
+    "scores_of_base_e": Bug(
+        "scores * 1.4426950408889634", "scores * 1.0", lambda setting: on_few_heads(setting, "window")
     ),
     "full_tiles_past_the_diagonal": Bug(
-        "full_stop = row + 1 if", "full_stop = row + BLOCK_M if", lambda setting: on_long_rows(setting, "long_rows")
+        "| (key + BLOCK_N > full_stop):\n            keys = key + tl.arange(0, BLOCK_N)\n            first, end ="
+        " _keys_seen_by(queries, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS, CAUSAL)\n            seen",
+        "| (key > full_stop):\n            keys = key + tl.arange(0, BLOCK_N)\n            first, end ="
+        " _keys_seen_by(queries, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS, CAUSAL)\n            seen",
+        lambda setting: on_long_rows(setting, "long_rows"),
     ),
-    "full_tiles_before_the_window": Bug(
-        "full_start = tl.max(tl.where(live, first, 0), axis=0)", "full_start = tl.min(first, axis=0)",
+    "full_tiles_before_the_query": Bug(
+        "if (query < full_start) |", "if (query < start) |", lambda setting: on_long_rows(setting, "long_rows")
+    ),
+    "full_tiles_past_the_window": Bug(
+        "| (query + BLOCK_M > full_stop)", "| (query > full_stop)",
         lambda setting: on_long_rows(setting, "long_window"),
     ),
-    "full_tiles_past_the_document": Bug(
-        "else tl.min(tl.where(live, end, length), axis=0)", "else tl.max(end, axis=0)",
-        lambda setting: on_long_rows(setting, "long_segments"),
-    ),
-    "tiles_behind_the_full_ones_in_their_place": Bug(
-        "start, end - before * BLOCK)", "start, start)", lambda setting: on_long_rows(setting, "long_window")
+    "bounds_past_the_end": Bug(
+        "    queries = tl.minimum(queries, length - 1)\n", "", lambda setting: on_long_rows(setting, "long_segments")
     ),
     "sum_not_rescaled": Bug(
         "total * rescale + tl.sum", "total + tl.sum", lambda setting: on_few_heads(setting, "softcap")
+    ),
+    "values_not_rescaled": Bug(
+        "acc=out * rescale[:, None]", "acc=out", lambda setting: on_few_heads(setting, "softcap")
     ),
     "window_off_by_one": Bug(
         "first = tl.maximum(first, queries - window + 1)", "first = tl.maximum(first, queries - window)",
@@ -178,31 +241,39 @@ BUGS = {
         lambda setting: on_few_heads(setting, "segments"),
     ),
     "slope_of_the_cap_missing": Bug(
-        "            if HAS_CAP:\n                ds *=", "            if False:\n                ds *=",
+        "            ds *= soft_cap_slope(scores, softcap)\n        dk =", "            ds *= 1.0\n        dk =",
         lambda setting: on_few_heads(setting, "softcap"),
     ),
     "first_head_of_the_group_only": Bug(
-        "head = key_head * groups + member", "head = key_head * groups",
-        lambda setting: on_few_heads(setting, "softcap"),
+        "head += is_last.to(tl.int32)", "head += 0", lambda setting: on_few_heads(setting, "softcap")
     ),
     "delta_missing": Bug(
         "delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)",
         "delta = tl.sum(out.to(tl.float32) * 0.0, axis=1)", lambda setting: on_few_heads(setting, "softcap"),
     ),
+    "programs_of_one_head": Bug("first + within % count", "first", on_all_programs),
+}  # fmt: skip
+TILE_BUGS = {
     "next_head_s_memory": Bug(
-        "live = (rows < length)[:, None] & (cols < width)[None, :]\n    at = base + rows.to(tl.int64)[:, None]"
-        " * row_stride + cols[None, :]\n    return",
-        "live = (rows < length)[:, None] & (cols < 2 * width)[None, :]\n    at = base + rows.to(tl.int64)[:, None]"
-        " * row_stride + cols[None, :]\n    return",
+        "length, WIDTH, ROWS, BLOCK_E), other=0.0)", "length, 2 * WIDTH, ROWS, BLOCK_E), other=0.0)",
         lambda setting: check_narrowed(setting, "window", "triton", SHAPES["odd_head"]),
     ),
+    "statistics_of_the_first_head": Bug(
+        "        first = batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride\n",
+        "        first = batch.to(tl.int64) * batch_stride\n", lambda setting: on_few_heads(setting, "softcap"),
+    ),
 }  # fmt: skip
+BUGS = {
+    name: (module, bug)
+    for module, bugs in (("flash_attention_kernels", KERNEL_BUGS), ("tensor_tiles", TILE_BUGS))
+    for name, bug in bugs.items()
+}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a bug that reads past a tensor ends the CUDA context")
-@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS.keys())
-def test_planted_bug_is_noticed(bug, device, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("module", "bug"), BUGS.values(), ids=BUGS.keys())
+def test_planted_bug_is_noticed(module, bug, device, monkeypatch, tmp_path):
     setting = Setting("triton", torch.float32, device)
-    plant("fastllm.kernels.flash_attention", bug, monkeypatch, tmp_path)
+    plant(f"fastllm.kernels.{module}", bug, monkeypatch, tmp_path)
     with pytest.raises(OverLimit):
         bug.check(setting)
