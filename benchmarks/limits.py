@@ -143,8 +143,8 @@ def shares(result: dict[str, Any], limit: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def measured_seconds(function: Callable[[], Any]) -> float:
-    """The median time of a call, from several runs that are each long enough to time."""
+def measured_seconds(function: Callable[[], Any], window: float = 2e-3) -> float:
+    """The median time of a call, from several runs of about `window` seconds, long enough to time."""
     import torch
 
     def run(calls: int) -> float:
@@ -163,7 +163,7 @@ def measured_seconds(function: Callable[[], Any]) -> float:
 
     run(1)
     once = run(1)
-    calls = max(1, min(200, int(2e-3 / once)))
+    calls = max(1, min(200, int(window / once)))
     repeats = max(3, min(30, int(0.1 / (once * calls))))
     return statistics.median(run(calls) for _ in range(repeats))
 

@@ -165,7 +165,7 @@ def _choose_for_narrowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case
 
 
 def _own_kernel_is_fastest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> bool:
-    return flash_attention_serves(q, case.dropout) and flash_attention_is_fastest(q, k, v)
+    return flash_attention_serves(q, case.dropout) and flash_attention_is_fastest(q, k, v, causal=case.causal)
 
 
 def attention_forward(

@@ -29,7 +29,7 @@ from .dispatch import (
 )
 from .documents import Documents
 from .flash_attention_kernels import flash_forward_kernel, flash_key_gradient_kernel, flash_query_gradient_kernel
-from .tensor_tiles import alignment, can_describe, describe
+from .tensor_tiles import alignment, describe, takes_descriptors
 
 MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 # (queries, keys, warps, stages) of a tile, by bytes of an element and the widest head it is for. They spill no register
@@ -73,9 +73,9 @@ def flash_attention_serves(q: torch.Tensor, dropout: float) -> bool:
     return has_tensor_cores(q)
 
 
-def flash_attention_is_fastest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def flash_attention_is_fastest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> bool:
     """Whether it has been measured ahead of torch's flash kernels (`benchmarks/results/attention_nvidia_h200.json`)."""
-    return _is_narrow(q) and can_describe(q, k, v)
+    return causal and q.shape[-1] in (64, 128) and _is_described(q, alignment(q, k, v))
 
 
 def flash_attention_forward(
@@ -95,14 +95,15 @@ def flash_attention_forward(
     out = torch.empty(batch, length, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = _statistics(q)
     starts, ends = (lse, lse) if documents is None else documents.bounds
-    described = _is_narrow(q) and can_describe(k, v)
+    step = alignment(q, k, v, out)
+    described = _is_described(q, step)
     tile = _tile(_FORWARD_HOPPER if described else _forward_tiles(q, causal), width)
     streamed = [describe(t, tile["BLOCK_N"], tile["BLOCK_E"]) if described else t for t in (k, v)]
     with launch_on(q):
         flash_forward_kernel[(triton.cdiv(length, tile["BLOCK_M"]), batch * heads)](
             q, *streamed, out, lse, starts, ends, *_strides(q, k, v, out), *lse.stride()[:2],
             *_sizes(q, k, scaling, window, softcap),
-            **_flags(q, documents, softcap, causal), ALIGNMENT=alignment(q, k, v, out), DESCRIBED=described, **tile,
+            **_flags(q, documents, softcap, causal), ALIGNMENT=step, DESCRIBED=described, **tile,
         )  # fmt: skip
     return out, lse
 
@@ -127,7 +128,8 @@ def flash_attention_backward(
     delta = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device)
     starts, ends = (lse, lse) if documents is None else documents.bounds
     given = (*lse.stride()[:2], *_sizes(q, k, scaling, window, softcap))
-    flags = {**_flags(q, documents, softcap, causal), "ALIGNMENT": alignment(q, k, v, out, dout, dq, dk, dv)}
+    step = alignment(q, k, v, out, dout, dq, dk)
+    flags = {**_flags(q, documents, softcap, causal), "ALIGNMENT": step, "DESCRIBED": _is_described(q, step)}
     with launch_on(q):
         _query_gradient(q, k, v, out, dout, dq, (lse, delta, starts, ends), given, flags)
         _key_gradient(q, k, v, dout, dk, dv, (lse, delta, starts, ends), given, flags)
@@ -135,20 +137,20 @@ def flash_attention_backward(
 
 
 def _query_gradient(q, k, v, out, dout, dq, per_row, given, flags) -> None:
-    described = _is_narrow(q) and can_describe(k, v)
+    described = flags["DESCRIBED"]
     tile = _tile(_QUERY_GRADIENT_HOPPER if described else _gradient_tiles(_QUERY_GRADIENT, q), q.shape[-1])
     streamed = [describe(t, tile["BLOCK_N"], tile["BLOCK_E"]) if described else t for t in (k, v)]
     grid = triton.cdiv(q.shape[2], tile["BLOCK_M"]), q.shape[0] * q.shape[1]
     flash_query_gradient_kernel[grid](
         q, *streamed, out, dout, dq, *per_row, *_strides(q, k, v, out, dout, dq), *given,
-        **flags, DESCRIBED=described, **tile,
+        **flags, **tile,
     )  # fmt: skip
 
 
 def _key_gradient(q, k, v, dout, dk, dv, per_row, given, flags) -> None:
     lse, delta, starts, ends = per_row
     batch, key_heads, length, width = k.shape
-    described = _is_narrow(q) and can_describe(q, dout, lse, delta)
+    described = flags["DESCRIBED"] and alignment(lse) > 1
     tile = _tile(_key_gradient_tiles(flags) if described else _gradient_tiles(_KEY_GRADIENT, q), width)
     strides = _strides(q, k, v, dout, dk, dv)
     if described:
@@ -158,7 +160,7 @@ def _key_gradient(q, k, v, dout, dk, dv, per_row, given, flags) -> None:
     abreast = _CACHE // (2 * length * width * k.element_size())
     flash_key_gradient_kernel[(blocks * heads,)](
         q, k, v, dout, dk, dv, lse, delta, starts, ends, *strides, *given, blocks, heads, min(max(abreast, 1), heads),
-        **flags, DESCRIBED=described, **tile,
+        **{**flags, "DESCRIBED": described}, **tile,
     )  # fmt: skip
 
 
@@ -169,9 +171,9 @@ def _statistics(q: torch.Tensor) -> torch.Tensor:
     return torch.empty(batch, heads, padded, dtype=torch.float32, device=q.device)[..., :length]
 
 
-def _is_narrow(q: torch.Tensor) -> bool:
-    """Whether the tiles of descriptors are for its dtype."""
-    return q.dtype.itemsize == 2
+def _is_described(q: torch.Tensor, step: int) -> bool:
+    """Whether tiles come through descriptors: there are tiles for two bytes an element, of aligned tensors."""
+    return q.dtype.itemsize == 2 and step > 1 and takes_descriptors(q)
 
 
 def _forward_tiles(q: torch.Tensor, causal: bool) -> Tiles:

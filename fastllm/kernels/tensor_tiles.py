@@ -30,9 +30,9 @@ def alignment(*tensors: torch.Tensor) -> int:
     return elements if all(map(_is_aligned, tensors)) else 1
 
 
-def can_describe(*tensors: torch.Tensor) -> bool:
-    """Whether a kernel gains by descriptors here, and each tensor can have one."""
-    return HAS_DESCRIPTORS and all(is_hopper(t) and _is_aligned(t) for t in tensors)
+def takes_descriptors(x: torch.Tensor) -> bool:
+    """Whether kernels on `x`'s device gain by descriptors, which are for tensors with an alignment."""
+    return HAS_DESCRIPTORS and is_hopper(x)
 
 
 def describe(t: torch.Tensor, *block: int) -> Any:

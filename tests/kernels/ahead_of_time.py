@@ -54,8 +54,11 @@ ROWS = 3
 # Modules whose kernels need tensor cores; nothing launches them on a GPU for which Triton has none.
 NEED_TENSOR_CORES = {
     f"fastllm.kernels.{name}"
-    for name in ("copy_lora", "flash_attention_kernels", "glu_lora_backward", "glu_lora_forward")
-}
+    for name in (
+        "copy_lora", "flash_attention", "flash_attention_kernels", "glu_lora_backward", "glu_lora_forward",
+        "tensor_tiles",
+    )
+}  # fmt: skip
 # The same of FP8.
 NEED_FP8 = {f"fastllm.kernels.{name}" for name in ("fp8", "fp8_head", "fp8_low_rank")}
 

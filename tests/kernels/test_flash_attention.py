@@ -14,7 +14,12 @@ from fastllm.kernels.attention import (
     choose_backend,
 )
 from fastllm.kernels.dispatch import backend
-from fastllm.kernels.flash_attention import flash_attention_backward, flash_attention_forward
+from fastllm.kernels.documents import Documents
+from fastllm.kernels.flash_attention import (
+    flash_attention_backward,
+    flash_attention_forward,
+    flash_attention_is_fastest,
+)
 
 from ..planting import Bug, plant
 from .conftest import SETTINGS
@@ -110,6 +115,18 @@ def test_views_of_joined_projections(setting, tiles):
     assert all(map(torch.equal, *found))
 
 
+def test_columns_of_wider_rows(setting, tiles):
+    """Heads whose own gradients begin at no multiple of 16 bytes."""
+    wide_rows = [setting.randn(1, 37, 2, 16).transpose(1, 2) for _ in range(4)]
+    found = []
+    with setting.active():
+        for change in (torch.Tensor.contiguous, lambda t: t):
+            q, k, v, dout = (change(t[..., :12]) for t in wide_rows)
+            out, lse = flash_attention_forward(q, k, v, scaling=0.3)
+            found.append((out, *flash_attention_backward(dout, out, lse, q, k, v, scaling=0.3)))
+    assert all(map(torch.equal, *found))
+
+
 def test_the_same_bits_on_every_run_and_whatever_stands_beside(setting, tiles):
     """No atomics; and a document's results do not depend on other documents of the row."""
     case, inputs, upstream, _ = narrowed(setting, "packed", FEW_HEADS)
@@ -123,6 +140,21 @@ def test_the_same_bits_on_every_run_and_whatever_stands_beside(setting, tiles):
     for name, value in found[0].items():
         assert value.equal(found[1][name]), name
         assert value[:, :, first].equal(found[2][name][:, :, first]), name
+
+
+def test_where_it_is_the_fastest(device, monkeypatch):
+    """Causal heads of the widths that were measured on Hopper, where no mask and no dropout are in the way."""
+    monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: True)
+    q = torch.zeros(1, 2, 9, 128, dtype=torch.bfloat16, device=device)
+    documents = Documents.from_position_ids(torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).to(device), 1)
+    cases = [AttentionCase(0.1, documents=documents), AttentionCase(0.1, sliding_window=3)]
+    with backend("triton"):
+        for case in cases:
+            assert choose_backend(q, q, q, case) == "triton"
+        assert flash_attention_is_fastest(q, q, q, causal=True)
+        for other in (q[..., :96], q[..., 4:68], q.float()):
+            assert not flash_attention_is_fastest(other, other, other, causal=True)
+        assert not flash_attention_is_fastest(q, q, q, causal=False)
 
 
 def test_left_to_the_reference(device):
@@ -165,14 +197,11 @@ def test_the_order_of_programs_changes_no_bit(setting, abreast, monkeypatch):
     ],
     ids=["plain", "rows", "later_rows", "odd_begin", "odd_rows", "expanded", "strided"],
 )
-def test_what_can_be_described(change, is_aligned, device, monkeypatch):
+def test_what_can_be_described(change, is_aligned, device):
     """Rows that begin at multiples of 16 bytes, which the copy engine asks for."""
-    monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: True)
     t = change(torch.zeros(2, 3, 16, 32, dtype=torch.bfloat16, device=device))
-    assert tensor_tiles.can_describe(t) is is_aligned
     assert tensor_tiles.alignment(t) == (8 if is_aligned else 1)
-    monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: False)
-    assert not tensor_tiles.can_describe(t)
+    assert tensor_tiles.alignment(torch.zeros(2, 3, 16, 32, device=device)) == 4
 
 
 on_few_heads = functools.partial(check_narrowed, backend="triton", shape=FEW_HEADS)
