@@ -58,9 +58,9 @@ _GRADIENT_AMD: dict[int, Tiles] = {2: {256: (32, 32, 4, 1)}, 4: {128: (32, 32, 4
 # multiprocessor fill each other's waits better than one of eight.
 _FORWARD_HOPPER: Tiles = {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)}
 _QUERY_GRADIENT_HOPPER: Tiles = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (128, 32, 8, 2)}
-_KEY_GRADIENT_HOPPER: Tiles = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 3)}
-# Scores under a cap wait for its slope, and keys seen both ways hold two bounds.
-_KEY_GRADIENT_HOPPER_CROWDED: Tiles = {**_KEY_GRADIENT_HOPPER, 128: (32, 64, 4, 3)}
+_KEY_GRADIENT_HOPPER: Tiles = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)}
+# Capping takes registers, and so does it to hold both bounds of what keys see both ways.
+_KEY_GRADIENT_HOPPER_CROWDED: Tiles = {**_KEY_GRADIENT_HOPPER, 128: (32, 64, 4, 3), 256: (32, 64, 8, 3)}
 # Heads side by side read queries that the last-level cache should hold, by this measure of it in bytes.
 _CACHE = 32 << 20
 _ROWS_BEGIN = 4  # values of fp32: 16 bytes

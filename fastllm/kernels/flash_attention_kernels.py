@@ -149,9 +149,9 @@ def flash_query_gradient_kernel(
             keys = key + tl.arange(0, BLOCK_N)
             first, end = _keys_seen_by(queries, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS, CAUSAL)
             p = tl.where((first[:, None] <= keys[None, :]) & (keys[None, :] < end[:, None]), p, 0.0)
-        ds = p * (dp - delta[:, None])
         if HAS_CAP:
-            ds *= soft_cap_slope(scores, softcap)
+            p *= soft_cap_slope(scores, softcap)
+        ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, acc=dq, input_precision=PRECISION)
     store_rows(
         dq_ptr, batch, head, row, dq_batch, dq_head, dq_row, length, dq * scaling, WIDTH, BLOCK_M, BLOCK_E, ALIGNMENT
@@ -201,12 +201,12 @@ def flash_key_gradient_kernel(
             first, end = _queries_that_see(keys, starts_ptr, ends_ptr, batch, length, window, HAS_DOCUMENTS, CAUSAL)
             p = tl.where((first[:, None] <= queries[None, :]) & (queries[None, :] < end[:, None]), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, acc=dv, input_precision=PRECISION)
+        if HAS_CAP:  # now, so that the scores need not be kept
+            p *= soft_cap_slope(scores, softcap)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         # Read where it is used: registers are short.
         delta = load_values(delta_ptr, batch, head, query, lse_batch, lse_head, length, BLOCK_M, DESCRIBED)
         ds = p * (dp - delta[None, :])
-        if HAS_CAP:
-            ds *= soft_cap_slope(scores, softcap)
         dk = tl.dot(ds.to(q.dtype), q, acc=dk, input_precision=PRECISION)
         is_last = query + BLOCK_M >= stop
         head += is_last.to(tl.int32)

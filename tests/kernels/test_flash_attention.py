@@ -270,7 +270,7 @@ KERNEL_BUGS = {
         lambda setting: on_few_heads(setting, "segments"),
     ),
     "slope_of_the_cap_missing": Bug(
-        "            ds *= soft_cap_slope(scores, softcap)\n        dk =", "            ds *= 1.0\n        dk =",
+        "            p *= soft_cap_slope(scores, softcap)\n        dp =", "            p *= 1.0\n        dp =",
         lambda setting: on_few_heads(setting, "softcap"),
     ),
     "first_head_of_the_group_only": Bug(
