@@ -75,7 +75,8 @@ def flash_attention_serves(q: torch.Tensor, dropout: float) -> bool:
 
 def flash_attention_is_fastest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> bool:
     """Whether it has been measured ahead of torch's flash kernels (`benchmarks/results/attention_nvidia_h200.json`)."""
-    return causal and q.shape[-1] in (64, 128) and _is_described(q, alignment(q, k, v))
+    is_measured = causal and q.shape[-1] in (64, 128, 256)
+    return is_measured and takes_descriptors(q) and _is_described(q, alignment(q, k, v))
 
 
 def flash_attention_forward(
