@@ -1,8 +1,8 @@
 """Which implementation an op runs: its Triton kernels, or its plain PyTorch reference.
 
 Every op asks `use_triton(x)` once. Triton runs on CUDA, ROCm and XPU tensors where the package is installed; the
-reference runs everywhere else, and is what the tests compare the kernels with. Kernel files import `jit`, `tl` and
-`triton` from here, so they can be imported on machines without Triton.
+reference runs everywhere else, and is what the tests compare the kernels with. Kernel files import `jit`, `tl`,
+`triton` and `TensorDescriptor` from here, so they can be imported on machines without Triton.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from .._device import info_of
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     jit = triton.jit
     HAS_TRITON = True
@@ -32,6 +33,7 @@ except ImportError:  # macOS, Windows: the kernels below are never launched, onl
 
     triton: Any = _Undefined()
     tl: Any = _Undefined()
+    TensorDescriptor: Any = _Undefined()
 
     def jit(function: Any) -> Any:
         return function

@@ -10,16 +10,7 @@ from typing import Any
 
 import torch
 
-from .dispatch import is_hopper, jit, tl
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    HAS_DESCRIPTORS = True
-except ImportError:  # no Triton, or one that knows none
-    HAS_DESCRIPTORS = False
-
-    TensorDescriptor: Any = None
+from .dispatch import TensorDescriptor, is_hopper, jit, tl
 
 _ALIGNMENT = 16
 
@@ -32,7 +23,7 @@ def alignment(*tensors: torch.Tensor) -> int:
 
 def takes_descriptors(x: torch.Tensor) -> bool:
     """Whether kernels on `x`'s device gain by descriptors, which are for tensors with an alignment."""
-    return HAS_DESCRIPTORS and is_hopper(x)
+    return is_hopper(x)
 
 
 def describe(t: torch.Tensor, *block: int) -> Any:
