@@ -33,7 +33,7 @@ from .tensor_tiles import alignment, describe, takes_descriptors
 
 MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 # (queries, keys, warps, stages) of a tile, by bytes of an element and the widest head it is for. They spill no register
-# and fit the shared memory of every GPU that the README names.
+# (on Blackwell, in few cases, up to 24 bytes a thread) and fit the shared memory of every GPU that the README names.
 Tiles = dict[int, tuple[int, int, int, int]]
 _FORWARD: dict[int, Tiles] = {
     2: {128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
