@@ -55,6 +55,8 @@ def tiles(request: pytest.FixtureRequest, setting: Setting, monkeypatch: pytest.
     described = request.param == "descriptors"
     if described and setting.dtype == torch.float32:
         pytest.skip("fp32 tiles are always read by their addresses")
+    if described and setting.device.type == "cpu" and setting.dtype == torch.float16:
+        pytest.skip("bf16 goes the same way through the interpreter")
     if described and setting.device.type == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("no Hopper GPU")
     monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: described)
@@ -171,17 +173,17 @@ def test_left_to_the_reference(device):
         assert choose_backend(q, q, q, case) == "autograd"
 
 
-@pytest.mark.parametrize("abreast", [1, 2, 4])
-def test_the_order_of_programs_changes_no_bit(setting, abreast, monkeypatch):
+def test_the_order_of_programs_changes_no_bit(device, monkeypatch):
     """Heads side by side, in groups that the number of heads is no multiple of."""
-    q, k, v, dout = (setting.randn(1, 140, 3, 32).transpose(1, 2) for _ in range(4))
-    found = []
-    for together in (3, abreast):
-        monkeypatch.setattr(flash_attention, "_CACHE", together * 2 * 140 * 32 * q.element_size())
+    setting, found = Setting("triton", torch.bfloat16, device), []
+    q, k, v, dout = (setting.randn(1, 70, 3, 16).transpose(1, 2) for _ in range(4))
+    for abreast in (1, 2, 3, 4):
+        monkeypatch.setattr(flash_attention, "_CACHE", abreast * 2 * 70 * 16 * q.element_size())
         with setting.active():
             out, lse = flash_attention_forward(q, k, v, scaling=0.2)
             found.append(flash_attention_backward(dout, out, lse, q, k, v, scaling=0.2))
-    assert all(map(torch.equal, *found))
+    for results in found[1:]:
+        assert all(map(torch.equal, found[0], results))
 
 
 @pytest.mark.parametrize(
@@ -239,9 +241,6 @@ KERNEL_BUGS = {
     "full_tiles_past_the_window": Bug(
         "| (query + BLOCK_M > full_stop)", "| (query > full_stop)",
         lambda setting: on_long_rows(setting, "long_window"),
-    ),
-    "bounds_past_the_end": Bug(
-        "    queries = tl.minimum(queries, length - 1)\n", "", lambda setting: on_long_rows(setting, "long_segments")
     ),
     "sum_not_rescaled": Bug(
         "total * rescale + tl.sum", "total + tl.sum", lambda setting: on_few_heads(setting, "softcap")
