@@ -135,8 +135,8 @@ def choose_backend(
         return "autograd"
     params = torch.backends.cuda.SDPAParams(q, k, v, None, case.dropout, case.causal, q.shape[1] != k.shape[1])
     deterministic = torch.are_deterministic_algorithms_enabled()
-    is_hopper = info_of(q.device).capability >= (9, 0)
-    if allow_cudnn and is_hopper and not deterministic and torch.backends.cuda.can_use_cudnn_attention(params):
+    is_hopper_or_later = info_of(q.device).capability >= (9, 0)
+    if allow_cudnn and is_hopper_or_later and not deterministic and torch.backends.cuda.can_use_cudnn_attention(params):
         return "cudnn"
     if _own_kernel_is_fastest(q, k, v, case):
         return "triton"

@@ -22,6 +22,7 @@ from .dispatch import (
     compiles_to_ptx,
     dot_precision,
     has_tensor_cores,
+    is_hopper,
     launch_on,
     next_power_of_2,
     triton,
@@ -29,7 +30,7 @@ from .dispatch import (
 )
 from .documents import Documents
 from .flash_attention_kernels import flash_forward_kernel, flash_key_gradient_kernel, flash_query_gradient_kernel
-from .tensor_tiles import alignment, describe, takes_descriptors
+from .tensor_tiles import alignment, describe
 
 MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 # (queries, keys, warps, stages) of a tile, by bytes of an element and the widest head it is for. They spill no register
@@ -76,7 +77,7 @@ def flash_attention_serves(q: torch.Tensor, dropout: float) -> bool:
 def flash_attention_is_fastest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> bool:
     """Whether it has been measured ahead of torch's flash kernels (`benchmarks/results/attention_nvidia_h200.json`)."""
     is_measured = causal and q.shape[-1] in (64, 128, 256)
-    return is_measured and takes_descriptors(q) and _is_described(q, alignment(q, k, v))
+    return is_measured and is_hopper(q) and _is_described(q, alignment(q, k, v))
 
 
 def flash_attention_forward(
@@ -174,7 +175,7 @@ def _statistics(q: torch.Tensor) -> torch.Tensor:
 
 def _is_described(q: torch.Tensor, step: int) -> bool:
     """Whether tiles come through descriptors: there are tiles for two bytes an element, of aligned tensors."""
-    return q.dtype.itemsize == 2 and step > 1 and takes_descriptors(q)
+    return q.dtype.itemsize == 2 and step > 1 and is_hopper(q)
 
 
 def _forward_tiles(q: torch.Tensor, causal: bool) -> Tiles:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .dispatch import TensorDescriptor, is_hopper, jit, tl
+from .dispatch import TensorDescriptor, jit, tl
 
 _ALIGNMENT = 16
 
@@ -19,11 +19,6 @@ def alignment(*tensors: torch.Tensor) -> int:
     """How many elements make 16 bytes, where rows of each tensor begin at multiples of that; else 1."""
     elements = _ALIGNMENT // tensors[0].element_size()
     return elements if all(map(_is_aligned, tensors)) else 1
-
-
-def takes_descriptors(x: torch.Tensor) -> bool:
-    """Whether kernels on `x`'s device gain by descriptors, which are for tensors with an alignment."""
-    return is_hopper(x)
 
 
 def describe(t: torch.Tensor, *block: int) -> Any:

@@ -59,7 +59,7 @@ def tiles(request: pytest.FixtureRequest, setting: Setting, monkeypatch: pytest.
         pytest.skip("bf16 goes the same way through the interpreter")
     if described and setting.device.type == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("no Hopper GPU")
-    monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: described)
+    monkeypatch.setattr(flash_attention, "is_hopper", lambda x: described)
     return request.param
 
 
@@ -146,7 +146,7 @@ def test_the_same_bits_on_every_run_and_whatever_stands_beside(setting, tiles):
 
 def test_where_it_is_the_fastest(device, monkeypatch):
     """Causal heads of the widths that were measured on Hopper, where no mask and no dropout are in the way."""
-    monkeypatch.setattr(tensor_tiles, "is_hopper", lambda x: True)
+    monkeypatch.setattr(flash_attention, "is_hopper", lambda x: True)
     q = torch.zeros(1, 2, 9, 128, dtype=torch.bfloat16, device=device)
     documents = Documents.from_position_ids(torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).to(device), 1)
     cases = [AttentionCase(0.1, documents=documents), AttentionCase(0.1, sliding_window=3)]
