@@ -55,8 +55,6 @@ def tiles(request: pytest.FixtureRequest, setting: Setting, monkeypatch: pytest.
     described = request.param == "descriptors"
     if described and setting.dtype == torch.float32:
         pytest.skip("fp32 tiles are always read by their addresses")
-    if described and setting.device.type == "cpu" and setting.dtype == torch.float16:
-        pytest.skip("bf16 goes the same way through the interpreter")
     if described and setting.device.type == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("no Hopper GPU")
     monkeypatch.setattr(flash_attention, "is_hopper", lambda x: described)
