@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .evidence import ROOT, environment
-from .limits import machine, measured_seconds
+from .limits import MANY_CALLS, machine, measured_seconds
 
-# Seconds of calls between two readings: many, so that the first one's way through the host does not count.
-_WINDOW = 30e-3
 BACKENDS = ("triton", "cudnn", "flash", "varlen", "efficient")
 
 
@@ -96,7 +94,7 @@ def measure(rows: Rows, backend: str, device: str) -> dict[str, Any]:
         result.saved = saved
         attention_backward(result, dout, q, k, v, case)
 
-    seconds = measured_seconds(forward, _WINDOW), measured_seconds(backward, _WINDOW)
+    seconds = measured_seconds(forward, MANY_CALLS), measured_seconds(backward, MANY_CALLS)
     flops = 4 * rows.head_dim * rows.heads * rows.pairs
     return {
         "forward_us": round(1e6 * seconds[0], 1), "backward_us": round(1e6 * seconds[1], 1),

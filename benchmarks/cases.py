@@ -33,8 +33,9 @@ class Case:
     `held_to` names an older GPU whose limits are kept (older_gpus.py): its memory, and fp16 where it has no bf16.
     `from_start` counts the memory peak from the start of the process, loading included; elsewhere the peak is that of
     training, after a reset, and the peak of loading stands beside it. With `trainer` the steps are those of TRL's
-    SFTTrainer, elsewhere of a plain loop. `seconds` is a generous guess of what a
-    measurement takes on an H200, by which a session chooses what still fits into its time.
+    SFTTrainer, elsewhere of a plain loop. `document` is the mean length of documents that the trainer packs into rows
+    of `sequence` tokens (0: every row is one). `seconds` is a generous guess of what a measurement takes on an H200, by
+    which a session chooses what still fits into its time.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Case:
     held_to: str = ""
     from_start: bool = False
     trainer: bool = False
+    document: int = 0
     warmup: int = 3
     steps: int = 10
     seconds: int = 60
@@ -57,14 +59,22 @@ class Case:
         return "float16" if self.held_to else "bfloat16"
 
     @property
+    def has_floor(self) -> bool:
+        """Whether the floor of its step is of interest, and known: attention of packed documents has none."""
+        return not self.from_start and not self.document
+
+    @property
     def work(self) -> tuple:
         """What decides the arithmetic of a step: cases that agree in it have one limit."""
-        return self.model, self.bits, self.batch, self.sequence, self.accumulate, self.images, self.trainer
+        return (
+            self.model, self.bits, self.batch, self.sequence, self.accumulate, self.images, self.trainer, self.document,
+        )  # fmt: skip
 
 
 CASES: dict[str, Case] = {
     "qlora-8b": Case("llama-3.1-8b"),
     "qlora-8b-short": Case("llama-3.1-8b", batch=1, sequence=512, accumulate=4, trainer=True, steps=20),
+    "qlora-8b-packed": Case("llama-3.1-8b", batch=1, sequence=8192, trainer=True, document=512, seconds=90),
     "qlora-8b-32k": Case("llama-3.1-8b", batch=1, sequence=32768, warmup=2, steps=5, seconds=110),
     "qlora-8b-128k": Case("llama-3.1-8b", batch=1, sequence=131072, warmup=1, steps=2, seconds=260),
     "qlora-8b-64k-24g": Case("llama-3.1-8b", batch=1, sequence=65536, memory_gib=24, warmup=1, steps=2, seconds=120),
@@ -83,6 +93,7 @@ CASES: dict[str, Case] = {
     ),
     "smoke": Case("toy", batch=1, sequence=64, warmup=1, steps=2, seconds=1),
     "smoke-trainer": Case("toy", batch=1, sequence=64, accumulate=4, trainer=True, warmup=1, steps=2, seconds=1),
+    "smoke-packed": Case("toy", batch=1, sequence=64, trainer=True, document=16, warmup=1, steps=2, seconds=1),
     "smoke-vl": Case("toy-vl", batch=2, sequence=45, rank=8, images=32, warmup=1, steps=2, seconds=1),
 }
 
@@ -104,6 +115,7 @@ PLANS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("qlora-8b", WAYS),
         ("qlora-8b-24g", ("default", "least")),
         ("qlora-8b-short", ("default", "least")),
+        ("qlora-8b-packed", ("default", "least")),
         ("qlora-8b-32k", ("default", "least")),
         ("qlora-8b-16g", ("default",)),
         ("qlora-8b-12g", ("default",)),
@@ -135,6 +147,7 @@ PLANS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "smoke": (
         ("smoke", ("default", "none", "least")),
         ("smoke-trainer", ("default", "none", "least")),
+        ("smoke-packed", ("least",)),
         ("smoke-vl", ("least",)),
         ("curves", ("bfloat16",)),
     ),
@@ -152,7 +165,7 @@ def steps(rows: Iterable[tuple[str, tuple[str, ...]]], peers: Iterable[str]) -> 
         if case == "curves":
             yield from (Step("curve", case, peer, way) for way in ways for peer in CURVE_PEERS[way] if peer in peers)
             continue
-        if not CASES[case].from_start and CASES[case].work not in limited:
+        if CASES[case].has_floor and CASES[case].work not in limited:
             limited.add(CASES[case].work)
             yield Step("limits", case)
         yield from (Step("measure", case, peer, way) for peer in peers for way in ways if way in CHECKPOINTING[peer])

@@ -26,6 +26,9 @@ from .cases import CASES, Case
 from .models import config
 from .training import MERGE
 
+# Seconds of calls between two readings where the host takes long for a call: so many that the first one's way through
+# it does not count.
+MANY_CALLS = 30e-3
 # Rates no longer change with more rows than this; longer products are measured at it and scaled.
 MAX_ROWS = 16384
 
@@ -188,8 +191,9 @@ def measured_attention(attention: Attention) -> tuple[float, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def heads(count: int) -> torch.Tensor:
-        size = (attention.batch, count, attention.sequence, attention.head_dim)
-        return torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
+        """[B, heads, S, E], laid out as projections give it."""
+        size = (attention.batch, attention.sequence, count, attention.head_dim)
+        return torch.randn(size, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
 
     q, k, v = heads(attention.heads), heads(attention.key_value_heads), heads(attention.key_value_heads)
     shared = attention.heads != attention.key_value_heads
@@ -202,10 +206,10 @@ def measured_attention(attention: Attention) -> tuple[float, float]:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
                 with torch.no_grad():
                     forward = measured_seconds(
-                        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+                        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared), MANY_CALLS
                     )
                 backward = measured_seconds(
-                    lambda out=out: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+                    lambda out=out: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), MANY_CALLS
                 )
         except RuntimeError:  # this kernel does not take these shapes
             continue

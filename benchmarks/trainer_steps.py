@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -54,12 +55,14 @@ def train_with_trainer(
                 output_dir=folder, max_steps=case.warmup + case.steps, per_device_train_batch_size=case.batch,
                 gradient_accumulation_steps=case.accumulate, max_length=case.sequence, optim="adamw_8bit",
                 learning_rate=2e-4, weight_decay=0.01, lr_scheduler_type="constant", bf16=True, logging_steps=1,
-                save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+                packing=bool(case.document), save_strategy="no", report_to="none", disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
                 **_checkpointing(peer, way),
             ),
         )  # fmt: skip
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
 
     def profile() -> dict[str, Any]:
         trainer.args.max_steps, stopwatch.profiled_step = 2, 1
@@ -71,18 +74,24 @@ def train_with_trainer(
 
     return Trained(
         times=list(stopwatch.times), losses=[entry["loss"] for entry in logs],
-        first_gradient_norm=float(logs[0]["grad_norm"]), profile=profile,
+        first_gradient_norm=float(logs[0]["grad_norm"]),
+        tokens=case.batch * case.accumulate * statistics.mean(lengths), profile=profile,
     )  # fmt: skip
 
 
 def rows(case: Case, vocabulary: int) -> Any:
-    """A data set of random tokens, tokenized already: a row for each sample of each step."""
+    """A data set of random tokens, tokenized already: a row for each sample of each step, or enough documents, of half
+    to one and a half times their mean length, to be packed into that many."""
     import torch
     from datasets import Dataset
 
     count = (case.warmup + case.steps) * case.batch * case.accumulate
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(8, vocabulary, (count, case.sequence), generator=generator).tolist()
+    lengths = [case.sequence] * count
+    if case.document:
+        half, documents = case.document // 2, (count + 1) * case.sequence // case.document
+        lengths = torch.randint(half, 3 * half + 1, (documents,), generator=generator).tolist()
+    ids = [torch.randint(8, vocabulary, (length,), generator=generator).tolist() for length in lengths]
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 

@@ -14,11 +14,13 @@ PATCH_VALUES = 3 * 2 * 14 * 14
 
 
 class Trained(NamedTuple):
-    """Seconds and loss of each step, warm-up included, and `profile`, which takes another step to break it down."""
+    """Seconds and loss of each step, warm-up included, the tokens of a step, on average, and `profile`, which takes
+    another step to break it down."""
 
     times: list[float]
     losses: list[float]
     first_gradient_norm: float
+    tokens: float
     profile: Callable[[], dict[str, Any]]
 
 
@@ -94,4 +96,5 @@ def train(case: Case, peer: str, model: Any, wait: Callable[[], None]) -> Traine
         times.append(time.perf_counter() - started)
         losses.append(float(loss))
         norms.append(norm)
-    return Trained(times, losses, norms[0], lambda: profile_step(lambda: step(1)))
+    tokens = case.batch * case.accumulate * case.sequence
+    return Trained(times, losses, norms[0], tokens, lambda: profile_step(lambda: step(1)))

@@ -65,12 +65,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     samples = case.batch * case.accumulate
     result = {
         "model": case.model, "bits": case.bits, "rank": case.rank, "batch": case.batch, "sequence": case.sequence,
-        "accumulate": case.accumulate, "trainer": case.trainer, "images": case.images, "memory_gib": case.memory_gib,
-        "held_to": case.held_to, "dtype": case.dtype, "from_start": case.from_start, "warmup": case.warmup,
-        "steps": case.steps,
+        "accumulate": case.accumulate, "trainer": case.trainer, "document": case.document, "images": case.images,
+        "memory_gib": case.memory_gib, "held_to": case.held_to, "dtype": case.dtype, "from_start": case.from_start,
+        "warmup": case.warmup, "steps": case.steps,
         "import_s": round(import_s, 2), "load_s": round(load_s, 1), "first_step_s": round(times[0], 2),
         "step_s": round(step_s, 4), "step_s_min": round(min(timed), 4), "step_s_max": round(max(timed), 4),
-        "tokens_per_s": round(samples * case.sequence / step_s), "samples_per_s": round(samples / step_s, 3),
+        "tokens_per_s": round(trained.tokens / step_s), "samples_per_s": round(samples / step_s, 3),
         "weights_gib": round(weights, 2), "peak_allocated_gib": round(peak("allocated"), 2),
         "peak_reserved_gib": round(peak("reserved"), 2), "load_peak_reserved_gib": round(load_peak, 2),
         "losses": [round(value, 5) for value in trained.losses[:6]], "first_grad_norm": trained.first_gradient_norm,

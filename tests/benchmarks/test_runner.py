@@ -2,15 +2,18 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from trl import pack_dataset
 
 from benchmarks import run
 from benchmarks.cases import CASES, CHECKPOINTING, PLANS, Step, steps
 from benchmarks.evidence import Evidence
+from benchmarks.trainer_steps import rows as rows_of
 
 ROOT = Path(__file__).parents[2]
 SESSION = {"commit": "a", "gpu": "none", "versions": {"torch": "2"}, "date": "2026-01-01"}
@@ -56,6 +59,15 @@ def test_a_case_through_the_trainer(tmp_path):
     assert {"gemm", "attention"} <= set(ours["profile"]["classes_ms"])
 
 
+def test_documents_of_a_packed_case_fill_the_rows_of_its_steps():
+    case = CASES["smoke-packed"]
+    documents = rows_of(case, 100)
+    assert all(8 <= len(ids) <= 24 for ids in documents["input_ids"])
+    packed = pack_dataset(documents, case.sequence)
+    assert len(packed) >= (case.warmup + case.steps) * case.batch
+    assert statistics.mean(len(ids) for ids in packed["input_ids"]) > 0.8 * case.sequence
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_smoke_plan(tmp_path):
@@ -63,7 +75,7 @@ def test_the_whole_smoke_plan(tmp_path):
     evidence = benchmark(*options, "--out", tmp_path / "out.json")
     assert not [entry for name in ("results", "limits", "curves") for entry in evidence[name] if "error" in entry]
     assert {(r["case"], r["peer"]) for r in evidence["results"]} == {
-        (case, peer) for case in ("smoke", "smoke-trainer", "smoke-vl") for peer in ("fastllm", "hf")
+        (case, peer) for case in ("smoke", "smoke-trainer", "smoke-packed", "smoke-vl") for peer in ("fastllm", "hf")
     }
     curves = [curve["losses"] for curve in evidence["curves"]]
     assert len(curves) == 2 and curves[0] == pytest.approx(curves[1], rel=1e-3)
