@@ -402,18 +402,21 @@ class _LinearNll(torch.autograd.Function):
         per_row = grad if ctx.as_sum else (grad if kept is None else grad[kept])[:, None]
         grad_hidden = None
         if dhidden is not None:
-            grad_hidden = torch.empty(dhidden.shape, dtype=hidden.dtype, device=hidden.device)
-            torch.mul(dhidden, per_row, out=grad_hidden)  # rounded on the way
-            grad_hidden = _spread(grad_hidden, kept, hidden.shape[0])
+            grad_hidden = _spread(_product(dhidden, per_row, hidden.dtype), kept, hidden.shape[0])
         head_grads: list[torch.Tensor | None] = [None] * len(needs_head)
         if any(needs_head):
             if not ctx.as_sum:
                 sums = _head_gradients_again(ctx, hidden, labels, kept, per_row[:, 0], needs_head)
             head_grads = [
-                None if total is None else (total * grad if ctx.as_sum else total).to(p.dtype)
+                None if total is None else _product(total, grad, p.dtype) if ctx.as_sum else total.to(p.dtype)
                 for total, p in zip(sums, ctx.head.parameters(), strict=True)
             ]
         return grad_hidden, *[None] * 9, *head_grads
+
+
+def _product(total: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """total * factor, rounded to `dtype` on the way: a wide product of a head's gradient would be the step's peak."""
+    return torch.mul(total, factor, out=torch.empty(total.shape, dtype=dtype, device=total.device))
 
 
 def _chunks(rows: int, size: int) -> list[slice]:

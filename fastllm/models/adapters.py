@@ -16,7 +16,7 @@ from torch import nn
 from .._errors import ArgumentError, MissingPackageError, UnsupportedError, nearest, reject_unknown
 from .._notices import notice, warn
 from .embedding_offload import is_offloaded
-from .memory import checkpointing_setting
+from .memory import checkpointing_setting, training_bytes
 from .mixed_precision import hold_in_fp32
 from .model_methods import CHECKPOINTING, PLANNER, TRAINED_IN_FULL, ModelMethods
 from .modes import for_training
@@ -141,8 +141,7 @@ def _ready(adapted: Any, setting: bool | str) -> Any:
     hold_in_fp32(base, trained)
     planner = getattr(base, PLANNER, None)
     if planner is not None:
-        # A gradient and two optimiser states, all fp32.
-        planner.reserved_bytes = sum(p.numel() * 12 for p in trained.values())
+        planner.reserved_bytes = training_bytes(base)
     _tell_trained(adapted, trained)
     if isinstance(base, ModelMethods):
         adapt_wrapper(adapted)

@@ -18,7 +18,7 @@ from ..text.rendering import tokenizer_of
 from .arch import arch_of, described, supported_model_types
 from .embedding_offload import offload_embedding
 from .fp8_compute import check_fp8_compute, use_fp8
-from .memory import checkpointing_setting
+from .memory import checkpointing_setting, training_bytes
 from .mixed_precision import widens
 from .model_methods import MERGES_MICRO_BATCHES, PLANNER, TOKENIZER, TRAINED_IN_FULL
 from .modes import checkpoint_blocks
@@ -317,8 +317,7 @@ def _train_everything(model: Any) -> None:
         parameter.requires_grad_(True)
     planner = getattr(model, PLANNER, None)
     if planner is not None:
-        # Gradients in the weights' dtype and two fp32 optimiser states.
-        planner.reserved_bytes = sum(p.numel() * (p.element_size() + 8) for p in model.parameters())
+        planner.reserved_bytes = training_bytes(model)
 
 
 def _attach_adapter(model: Any, adapter: str, request: LoadRequest) -> Any:

@@ -345,6 +345,15 @@ def _recorded_bytes(sizes: LayerBytes, tokens: int, layers: int, kept: int) -> i
     return held + tokens * sizes.backward + sizes.weights
 
 
+def training_bytes(model: torch.nn.Module) -> int:
+    """What training takes besides activations: of each trained parameter a gradient and two optimiser states in fp32,
+    and for the head the sum over chunks of rows, in fp32, that its gradient is made from."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    summed = () if head is None else head.parameters()
+    trained = sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
+    return trained + sum(4 * p.numel() for p in summed if p.requires_grad)
+
+
 def gradient_bytes(layer: DecoderLayer | VisionBlock) -> int:
     """Bytes of the gradients of one layer's trained parameters."""
     return sum(p.nbytes for p in layer.parameters() if p is not None and p.requires_grad)

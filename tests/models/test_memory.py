@@ -12,7 +12,7 @@ from fastllm.models import memory
 from fastllm.models.fp8_compute import use_fp8
 from fastllm.models.fused_parts import fused_layer
 from fastllm.models.host_offload import HostOffload
-from fastllm.models.memory import GIB, ActivationPlanner, LayerBytes, checkpointing_setting
+from fastllm.models.memory import GIB, ActivationPlanner, LayerBytes, checkpointing_setting, training_bytes
 from fastllm.models.model_methods import PLANNER
 
 from ..determinism import deterministic
@@ -64,6 +64,16 @@ def test_the_limit_of_a_process_counts(monkeypatch, fraction, expected):
     for name, value in known.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert free_bytes(torch.device("cuda")) == expected * GIB
+
+
+def test_what_training_takes_besides_activations():
+    """Of each trained parameter a gradient and two fp32 states, of a trained head an fp32 sum too."""
+    model = build(FAMILIES["llama"]).to(torch.bfloat16)
+    count, head = sum(p.numel() for p in model.parameters()), model.lm_head.weight.numel()
+    assert training_bytes(model) == 10 * count + 4 * head
+    model.lm_head.requires_grad_(False)
+    assert training_bytes(model) == 10 * (count - head)
+    assert training_bytes(model.model) == 10 * (count - head)  # no head
 
 
 @pytest.mark.parametrize("free", [0, GIB // 4, GIB, 2 * GIB, 8 * GIB, 64 * GIB])
