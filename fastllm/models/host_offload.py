@@ -77,6 +77,10 @@ class _Memory:
     def give(self, piece: torch.Tensor) -> None:
         self._free.append(piece)
 
+    @property
+    def free_bytes(self) -> int:
+        return sum(piece.numel() for piece in self._free)
+
     def release(self) -> None:
         self.stream.synchronize()
         self._free.clear()
@@ -186,6 +190,11 @@ class HostOffload:
         self.begin()
         for memory in (*self._memories.values(), *self._memories_of_rows.values()):
             memory.release()
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that parcels like the last ones find again; without that of rows."""
+        return sum(memory.free_bytes for memory in self._memories.values())
 
     def put(self, tensors: Sequence[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
         """Start the copies of tensors of one device to the host. Returns what gives each back, on that device."""

@@ -88,6 +88,7 @@ class ActivationPlanner:
         self.gradient_room = GradientRoom()
         self._offload = HostOffload()
         self._spare_link = SpareLink()
+        self._longest = 0  # tokens of the longest batch that was planned for
         self._last_index = num_layers
         self._shape: tuple = ()
         self._forwards_of_shape: dict[tuple, int] = {}
@@ -140,8 +141,13 @@ class ActivationPlanner:
 
     def rows_away(self, index: int, rows: int) -> RowsAway | None:
         """Which of the rows of gate and up's output in layer `index` go to the host beside its attention half."""
-        count = self._spare_link.rows(rows) if self._plan[index] is Keep.OFFLOADED_ATTENTION else 0
+        count = self._spare_link.rows(rows) if self._sends_halves and self._plan[index].is_offloaded else 0
         return RowsAway(count, self._offload.put_rows) if count else None
+
+    @property
+    def _sends_halves(self) -> bool:
+        """Whether every layer that sends something to the host sends its attention half: the host has room for all."""
+        return Keep.OFFLOADED_ATTENTION in self._plan and Keep.OFFLOADED_INPUT not in self._plan
 
     def attention_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: AttentionCase) -> str:
         """The attention kernel of this forward: the same in all layers that see the same shapes."""
@@ -192,7 +198,7 @@ class ActivationPlanner:
             self._plans[bucket, beside] = self._make_plan(layer, bucket, x.device, x.dtype)
         self._plan = self._plans[bucket, beside]
         self._spare_link.begin(
-            self._offload, sends=Keep.OFFLOADED_ATTENTION in self._plan, layers=self.num_layers, rows=tokens,
+            self._offload, sends=self._sends_halves, layers=self.num_layers, rows=tokens,
             row_bytes=layer.gate_up.output_buffer_width * x.dtype.itemsize, host_share=_HOST_SHARE,
         )  # fmt: skip
         kept = self._plan.count(Keep.ALL)
@@ -210,17 +216,21 @@ class ActivationPlanner:
         if self.setting is True:
             return [Keep.INPUT] * count
         sizes = LayerBytes.of(layer, dtype)
+        if tokens > self._longest:  # its pieces of host memory are longer
+            self._longest = tokens
+            self._offload.release()
         floor = self._floor(layer, sizes, tokens, device)
         if self.setting == "offload":
             # The last layer's backward comes at once, and needs as much as it would keep.
-            plan = [floor] * (count - 1) + [Keep.ALL if floor.is_offloaded else Keep.INPUT]
+            plan = [*self._least(floor, count - 1, sizes, tokens), Keep.ALL if floor.is_offloaded else Keep.INPUT]
             _tell_of_host(plan, tokens, sizes)
             return plan
         self.recordings.release()
         free = free_bytes(device) + self._weights.nbytes
         budget = free - _MARGIN * free - _MARGIN_BYTES - self.reserved_bytes - sizes.transient(tokens)
         kept, on_device = self._layers_that_fit(sizes, tokens, budget, floor)
-        plan = [floor] * (count - kept - on_device) + [Keep.INPUT] * on_device + [Keep.ALL] * kept
+        plan = self._least(floor, count - kept - on_device, sizes, tokens)
+        plan += [Keep.INPUT] * on_device + [Keep.ALL] * kept
         beside_one = (count * sizes.layer_input + (count - 1) * sizes.stash) * tokens
         spare = budget - beside_one if kept == count else 0
         spare -= _recorded_bytes(sizes, tokens, count, count) if tokens <= most_rows(layer) else 0
@@ -248,7 +258,8 @@ class ActivationPlanner:
 
     def _floor(self, layer: DecoderLayer, sizes: LayerBytes, tokens: int, device: torch.device) -> Keep:
         """What a layer keeps at the least: its input, here where the inputs of all layers are small, else on the host;
-        or there all of its attention half, where the host has room and the copies cost no more than they spare."""
+        or there all of its attention half, where the copies cost no more than they spare and the host has room for
+        one."""
         if device.type != "cuda" or self.num_layers * sizes.layer_input * tokens <= _SMALL_INPUTS:
             return Keep.INPUT
         if tokens <= most_rows(layer):
@@ -256,10 +267,21 @@ class ActivationPlanner:
         copying = sizes.attention_half / host_link_rate(device)
         spared = sizes.attention_flops / product_rate(device)
         forward = (sizes.attention_flops + sizes.mlp_flops) / product_rate(device)
-        room = _HOST_SHARE * free_host_bytes()
-        if copying < forward + spared and self.num_layers * sizes.attention_half * tokens < room:
+        if copying < forward + spared and Keep.OFFLOADED_ATTENTION in self._least(
+            Keep.OFFLOADED_ATTENTION, self.num_layers - 1, sizes, tokens
+        ):
             return Keep.OFFLOADED_ATTENTION
         return Keep.OFFLOADED_INPUT
+
+    def _least(self, floor: Keep, count: int, sizes: LayerBytes, tokens: int) -> list[Keep]:
+        """So many layers that keep `floor`; where that is their attention half, as many of them, the last ones, as the
+        host has room for beside the inputs of the others."""
+        if floor is not Keep.OFFLOADED_ATTENTION:
+            return [floor] * count
+        room = _HOST_SHARE * (free_host_bytes() + self._offload.nbytes) - count * sizes.layer_input * tokens
+        more = (sizes.attention_half - sizes.layer_input) * tokens
+        halves = max(0, min(count, int(room / more)))
+        return [Keep.OFFLOADED_INPUT] * (count - halves) + [floor] * halves
 
     def _tell(self, plan: list[Keep], tokens: int, sizes: LayerBytes, held: int, free: int) -> None:
         counts = {keep: plan.count(keep) for keep in Keep}
@@ -275,13 +297,13 @@ class ActivationPlanner:
 
 
 def _tell_of_host(plan: list[Keep], tokens: int, sizes: LayerBytes) -> None:
-    on_host = tokens * (
-        plan.count(Keep.OFFLOADED_INPUT) * sizes.layer_input
-        + plan.count(Keep.OFFLOADED_ATTENTION) * sizes.attention_half
-    )
+    inputs, halves = plan.count(Keep.OFFLOADED_INPUT), plan.count(Keep.OFFLOADED_ATTENTION)
+    on_host = tokens * (inputs * sizes.layer_input + halves * sizes.attention_half)
     if on_host:
-        what = "inputs" if Keep.OFFLOADED_INPUT in plan else "inputs and attention halves"
-        notice(f"fastllm: {what} of layers wait in host memory: about {on_host / GIB:.1f} GiB for {tokens:,} tokens")
+        what = "inputs and attention halves of layers" if halves else "inputs of layers"
+        if inputs and halves:
+            what = f"inputs of {inputs} layers, and attention halves of {halves} more, as far as the host has room,"
+        notice(f"fastllm: {what} wait in host memory: about {on_host / GIB:.1f} GiB for {tokens:,} tokens")
 
 
 @dataclass(frozen=True, slots=True)
