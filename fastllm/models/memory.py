@@ -88,7 +88,6 @@ class ActivationPlanner:
         self.gradient_room = GradientRoom()
         self._offload = HostOffload()
         self._spare_link = SpareLink()
-        self._longest = 0  # tokens of the longest batch that was planned for
         self._last_index = num_layers
         self._shape: tuple = ()
         self._forwards_of_shape: dict[tuple, int] = {}
@@ -216,8 +215,7 @@ class ActivationPlanner:
         if self.setting is True:
             return [Keep.INPUT] * count
         sizes = LayerBytes.of(layer, dtype)
-        if tokens > self._longest:  # its pieces of host memory are longer
-            self._longest = tokens
+        if tokens > max((planned for planned, _ in self._plans), default=0):  # its pieces of host memory are longer
             self._offload.release()
         floor = self._floor(layer, sizes, tokens, device)
         if self.setting == "offload":

@@ -142,6 +142,13 @@ def test_the_estimate_of_what_a_layer_keeps_is_what_it_keeps(family):
     assert 0.85 * held <= sizes.stash * 80 <= 1.25 * held
 
 
+def assert_same_bits(results):
+    for other in results[1:]:
+        assert other.loss == results[0].loss
+        for name, grad in results[0].grads.items():
+            assert torch.equal(grad, other.grads[name]), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_plan_gives_the_same_bits(family, device, monkeypatch):
     monkeypatch.setattr(memory, "_SMALL_INPUTS", 0)
@@ -154,10 +161,7 @@ def test_every_plan_gives_the_same_bits(family, device, monkeypatch):
         for setting in (False, True, "offload", "fastllm"):
             planner.use(setting)
             results.append(step(fast, inputs))
-    for other in results[1:]:
-        assert other.loss == results[0].loss
-        for name, grad in results[0].grads.items():
-            assert torch.equal(grad, other.grads[name]), name
+    assert_same_bits(results)
 
 
 @pytest.mark.gpu
@@ -172,10 +176,7 @@ def test_layers_that_send_different_things_give_the_same_bits(device, monkeypatc
             planner.use("offload")
             monkeypatch.setattr(planner, "_make_plan", lambda *_, made=made: made)
             results += [step(fast, inputs) for _ in range(2)]
-    for other in results[1:]:
-        assert other.loss == results[0].loss
-        for name, grad in results[0].grads.items():
-            assert torch.equal(grad, other.grads[name]), name
+    assert_same_bits(results)
 
 
 def test_the_plan_is_told_once_and_again_for_longer_batches(layer, messages):
