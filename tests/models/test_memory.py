@@ -264,7 +264,7 @@ def test_host_memory_that_activations_have_taken_counts_as_room(monkeypatch, lay
     needed = 2 * 31 * 65536 * sizes.attention_half + 1
     monkeypatch.setattr(memory, "host_link_rate", lambda device: 1e13)
     planner = ActivationPlanner(32, "offload")
-    for tokens, taken in ((65536, 0), (32768, needed // 2)):
+    for tokens, taken in ((65536, 0), (49152, needed // 2)):
         monkeypatch.setattr(memory, "free_host_bytes", lambda taken=taken: needed - taken)
         monkeypatch.setattr(type(planner._offload), "nbytes", taken)
         made = planner._make_plan(layer, tokens, cuda, torch.bfloat16)
